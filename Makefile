@@ -1,0 +1,38 @@
+# make demo   environment, install, the main job          make dev    build the extension in place (needs .[dev])
+# make test   environment, install, the tests             make lint   ruff, mypy, clang-format
+PYTHON ?= python3
+VENV ?= .venv
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,2s/^# //p' Makefile
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+.PHONY: help demo test dev lint format bench
+demo: $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet ".[cli]"
+	$(VENV)/bin/pyroute demo
+
+test: $(VENV)/bin/python
+	$(VENV)/bin/pip install --quiet ".[test]"
+	$(VENV)/bin/pytest tests
+
+# Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra.
+dev:
+	cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \
+	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/pyroute > build-dev.log 2>&1 || { cat build-dev.log; exit 1; }
+	@rm -f build-dev.log
+	cmake --build build/dev
+
+bench:
+	$(VENV)/bin/pytest benches $(if $(OP),-k $(OP))
+
+lint:
+	ruff check . && ruff format --check . && mypy
+	git ls-files '*.cpp' '*.h' '*.cuh' '*.cu' | xargs clang-format --dry-run --Werror
+
+format:
+	ruff check --fix . && ruff format .
+	git ls-files '*.cpp' '*.h' '*.cuh' '*.cu' | xargs clang-format -i

@@ -1,0 +1,66 @@
+// NumPy arrays as pointers. The Python layer has already judged the caller's arguments; what is checked here keeps
+// memory safe even when the extension is called directly. py::array with explicit checks costs 0.3 us for four
+// arguments, py::array_t 1 us (and converts silently, which loses writes to outputs).
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+namespace pyroute {
+
+namespace py = pybind11;
+
+namespace detail {
+inline void check_array(const py::array &array, const char *name, size_t item_size, size_t alignment,
+                        std::initializer_list<int64_t> shape) {
+    bool ok = static_cast<size_t>(array.itemsize()) == item_size && (array.flags() & py::array::c_style) &&
+              array.ndim() == static_cast<py::ssize_t>(shape.size()) &&
+              reinterpret_cast<uintptr_t>(array.data()) % alignment == 0;
+    py::ssize_t axis = 0;
+    if (ok)
+        for (int64_t extent : shape)
+            ok = array.shape(axis++) == extent && ok;
+    if (!ok) {
+        std::string expected;
+        for (int64_t extent : shape)
+            expected += (expected.empty() ? "" : ", ") + std::to_string(extent);
+        throw std::invalid_argument(std::string("_core: ") + name +
+                                    " must be an aligned C-contiguous array of shape (" + expected +
+                                    ") with items of " + std::to_string(item_size) + " bytes");
+    }
+}
+} // namespace detail
+
+// T* of an array that must have exactly this shape.
+template <class T> const T *input(const py::array &array, const char *name, std::initializer_list<int64_t> shape) {
+    detail::check_array(array, name, sizeof(T), alignof(T), shape);
+    return static_cast<const T *>(array.data());
+}
+
+template <class T> T *output(py::array &array, const char *name, std::initializer_list<int64_t> shape) {
+    detail::check_array(array, name, sizeof(T), alignof(T), shape);
+    if (!array.writeable())
+        throw std::invalid_argument(std::string("_core: ") + name + " must be writeable");
+    return static_cast<T *>(array.mutable_data());
+}
+
+// The same for optional arguments: None is a null pointer.
+template <class T>
+const T *optional_input(const py::object &object, const char *name, std::initializer_list<int64_t> shape) {
+    return object.is_none() ? nullptr : input<T>(py::reinterpret_borrow<py::array>(object), name, shape);
+}
+
+template <class T>
+T *optional_output(const py::object &object, const char *name, std::initializer_list<int64_t> shape) {
+    if (object.is_none())
+        return nullptr;
+    auto array = py::reinterpret_borrow<py::array>(object);
+    return output<T>(array, name, shape);
+}
+
+} // namespace pyroute
