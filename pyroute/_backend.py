@@ -19,11 +19,12 @@ import numpy as np
 
 from . import _check
 
+_core_error = ""
 try:
-    from . import _core
+    from . import _core as core
 except ImportError as error:  # a source tree without the built extension, or a libgomp that is not installed
-    _core = None
     _core_error = str(error)
+HAS_CORE = not _core_error
 
 Array = Any
 NAMES = ("numpy", "cupy", "cpu", "cuda")
@@ -51,10 +52,10 @@ def backends() -> dict[str, BackendInfo]:
     """
     infos = {"numpy": BackendInfo(True, device=f"NumPy {np.__version__}")}
     infos["cupy"] = _cupy_info()
-    if _core is None:
+    if not HAS_CORE:
         infos["cpu"] = BackendInfo(False, f"pyroute._core did not load: {_core_error}")
     else:
-        infos["cpu"] = BackendInfo(True, device=_core.isa(), threads=_core.num_threads())
+        infos["cpu"] = BackendInfo(True, device=core.isa(), threads=core.num_threads())
     infos["cuda"] = BackendInfo(False, "this build has no CUDA kernels")
     return infos
 
@@ -80,13 +81,13 @@ def set_num_threads(n: int) -> None:
     Results do not depend on the number of threads.
     """
     n = _check.integer("set_num_threads", "n", n, 1, 1024)
-    if _core is not None:
-        _core.set_num_threads(n)
+    if HAS_CORE:
+        core.set_num_threads(n)
 
 
 def get_num_threads() -> int:
     """Threads that the next call of the cpu backend will use; 1 without it."""
-    return 1 if _core is None else _core.num_threads()
+    return core.num_threads() if HAS_CORE else 1
 
 
 def _is_cupy(x: object) -> bool:
@@ -134,7 +135,7 @@ def choose(function: str, backend: str | None, *arrays: Array) -> str:
     if backend is None:
         if gpu:
             return "cupy"
-        return "numpy" if _core is None else "cpu"
+        return "cpu" if HAS_CORE else "numpy"
     _check.one_of(function, "backend", backend, (None, *NAMES))
     if (backend in ("cupy", "cuda")) != gpu and arrays:
         info = backends()[backend]

@@ -16,8 +16,8 @@ from pyroute import _backend
 # and by the Makefile for the test process itself.
 os.environ.setdefault("MALLOC_PERTURB_", "128")
 
-_core = _backend._core
-CPU_FLOORS = [] if _core is None else [f"cpu-{isa}" for isa in _core.isas()]
+_core = _backend.core if _backend.HAS_CORE else None
+CPU_FLOORS = [f"cpu-{isa}" for isa in _core.isas()] if _core else []
 FLOORS = ["numpy", *CPU_FLOORS]
 
 
