@@ -17,7 +17,7 @@ demo: $(VENV)/bin/python
 
 test: $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet ".[test]"
-	$(VENV)/bin/pytest tests
+	MALLOC_PERTURB_=128 $(VENV)/bin/pytest tests
 
 # Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra.
 dev:
@@ -36,3 +36,11 @@ lint:
 format:
 	ruff check --fix . && ruff format .
 	git ls-files '*.cpp' '*.h' '*.cuh' '*.cu' | xargs clang-format -i
+
+# The C++ tests (tests/cpp) under the address and undefined-behaviour sanitizers.
+.PHONY: sanitize
+sanitize:
+	cmake -S . -B build/sanitize -G Ninja -DPYROUTE_SANITIZE=ON -DPYROUTE_TESTS=ON \
+	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') --log-level=WARNING
+	cmake --build build/sanitize --target cpp_tests
+	ctest --test-dir build/sanitize --output-on-failure
