@@ -20,17 +20,19 @@ void parallel_chunks(int64_t count, int64_t chunk, RangeFunction function, void 
 // body(begin, end) over equal contiguous shares of [0, count), one per thread, none shorter than `grain` items: for
 // even work. A region costs about 2 us, so choose the grain to hold 20 us of work. An exception in a body reaches the
 // caller.
-template <class Body> void parallel_ranges(int64_t count, int64_t grain, Body &&body) {
+template <class Body> void parallel_ranges(int64_t count, int64_t grain, const Body &body) {
     detail::parallel_ranges(
-        count, grain, [](void *context, int64_t begin, int64_t end) { (*static_cast<Body *>(context))(begin, end); },
-        const_cast<void *>(static_cast<const void *>(&body)));
+        count, grain,
+        [](void *context, int64_t begin, int64_t end) { (*static_cast<const Body *>(context))(begin, end); },
+        const_cast<Body *>(&body));
 }
 
 // body(begin, end) over consecutive chunks, handed out in order to whichever thread is free: for uneven work.
-template <class Body> void parallel_chunks(int64_t count, int64_t chunk, Body &&body) {
+template <class Body> void parallel_chunks(int64_t count, int64_t chunk, const Body &body) {
     detail::parallel_chunks(
-        count, chunk, [](void *context, int64_t begin, int64_t end) { (*static_cast<Body *>(context))(begin, end); },
-        const_cast<void *>(static_cast<const void *>(&body)));
+        count, chunk,
+        [](void *context, int64_t begin, int64_t end) { (*static_cast<const Body *>(context))(begin, end); },
+        const_cast<Body *>(&body));
 }
 
 } // namespace pyroute::cpu
