@@ -21,7 +21,9 @@ from . import _check
 
 _core_error = ""
 try:
-    from . import _core as core
+    from . import _core
+
+    core = _core
 except ImportError as error:  # a source tree without the built extension, or a libgomp that is not installed
     _core_error = str(error)
 HAS_CORE = not _core_error
