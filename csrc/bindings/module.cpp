@@ -15,6 +15,7 @@ void bind_permutation(py::module_ &module);
 void bind_quantization(py::module_ &module);
 void bind_grouped_gemm(py::module_ &module);
 void bind_moe(py::module_ &module);
+void bind_limits(py::module_ &module);
 } // namespace pyroute
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
@@ -48,4 +49,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     pyroute::bind_quantization(module);
     pyroute::bind_grouped_gemm(module);
     pyroute::bind_moe(module);
+    pyroute::bind_limits(module);
 }

@@ -1,0 +1,1 @@
+"""What the command line and the benchmarks share: the machine, its measured limits, the checks and the demo."""
