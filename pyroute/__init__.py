@@ -2,6 +2,7 @@
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
 from .router_config import RouterConfig
+from .router_presets import presets
 
 __version__ = "0.1.0"
 
@@ -11,5 +12,6 @@ __all__ = [
     "__version__",
     "backends",
     "get_num_threads",
+    "presets",
     "set_num_threads",
 ]

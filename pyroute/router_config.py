@@ -173,3 +173,49 @@ class RouterConfig:
             expected = "a text with num_experts and top_k"
             raise _check.value_error("RouterConfig.from_string", "text", expected, repr(text))
         return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str) -> RouterConfig:
+        """The rule of a released model; ValueError for a name that :func:`pyroute.presets` does not list.
+
+        Examples
+        --------
+        >>> RouterConfig.preset("deepseek-v3").top_k
+        8
+        """
+        from . import router_presets
+
+        return router_presets.preset(name)
+
+    @classmethod
+    def from_model_config(cls, model_config: Any) -> RouterConfig:
+        """The rule of a model, from the model's own configuration.
+
+        Parameters
+        ----------
+        model_config : object
+            A transformers configuration, its dict, or the path of a config.json or of the folder that holds one. Of a
+            multimodal model the language part is taken.
+
+        Returns
+        -------
+        RouterConfig
+            ``model_type`` decides what the configuration leaves to the model's code. A type that is not known works if
+            the configuration says the score function and whether weights are renormalised.
+
+        Raises
+        ------
+        TypeError, ValueError
+            In one sentence: what is missing, what contradicts, or a routing that RouterConfig does not cover.
+        OSError
+            If the file cannot be read.
+
+        Examples
+        --------
+        >>> sizes = {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+        >>> str(RouterConfig.from_model_config(sizes))
+        'num_experts=8,top_k=2,renormalize=sum'
+        """
+        from . import router_models
+
+        return router_models.from_model_config(model_config)

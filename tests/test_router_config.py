@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import pickle
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import sys
 import numpy as np
 import pytest
 
+import pyroute
 from pyroute import RouterConfig
+from pyroute.router_presets import model_shape
 
 
 def test_defaults_are_plain_softmax_top_k():
@@ -209,3 +212,314 @@ def test_string_with_an_illegal_value_is_the_constructors_error():
 def test_string_of_another_type(text):
     with pytest.raises(TypeError, match=r"^RouterConfig\.from_string: text must be a string, got "):
         RouterConfig.from_string(text)
+
+
+# --- presets ----------------------------------------------------------------------------------------------------------
+
+
+def test_presets_are_sorted_names_of_legal_configs():
+    names = pyroute.presets()
+    assert list(names) == sorted(set(names))
+    for name in names:
+        config = RouterConfig.preset(name)
+        assert RouterConfig.from_string(str(config)) == config
+        shape = model_shape(name)
+        assert (shape.num_experts, shape.top_k) == (config.num_experts, config.top_k)
+        assert shape.hidden % 64 == 0
+        assert shape.intermediate % 64 == 0
+        assert shape.shared_intermediate % 64 == 0
+        assert shape.activation in ("swiglu", "swiglu_clamp", "swiglu_oai")
+
+
+def test_presets_hold_every_model_that_is_promised():
+    promised = [
+        "deepseek-v2",
+        "deepseek-v2-lite",
+        "deepseek-v3",
+        "deepseek-v4",
+        "kimi-k2",
+        "mixtral",
+        "qwen2-moe",
+        "qwen3-moe",
+        "qwen3-next",
+        "gpt-oss",
+        "llama4",
+        "glm-4.5",
+        "minimax-m2",
+        "ernie-4.5",
+        "granite-moe",
+        "olmoe",
+        "lfm2-moe",
+    ]
+    assert set(promised) <= set(pyroute.presets())
+
+
+@pytest.mark.parametrize("call", [RouterConfig.preset, model_shape])
+def test_unknown_preset(call):
+    with pytest.raises(ValueError, match=r"(preset|model_shape): name must be one of 'deepseek-r1', .*, got 'gpt-5'"):
+        call("gpt-5")
+    with pytest.raises(TypeError, match=r"name must be one of .*, got int"):
+        call(3)
+
+
+# --- a model's own configuration --------------------------------------------------------------------------------------
+
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "n_group": 8,
+    "topk_group": 4,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+    "moe_intermediate_size": 2048,
+}
+# What the released config.json files say about routing.
+RELEASED = {
+    "deepseek-v3": DEEPSEEK_V3,
+    "deepseek-v2": {
+        "model_type": "deepseek_v2",
+        "n_routed_experts": 160,
+        "num_experts_per_tok": 6,
+        "n_group": 8,
+        "topk_group": 3,
+        "topk_method": "group_limited_greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 16.0,
+    },
+    "deepseek-v2-lite": {
+        "model_type": "deepseek_v2",
+        "n_routed_experts": 64,
+        "num_experts_per_tok": 6,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "greedy",
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+    },
+    "deepseek-v4": {
+        "model_type": "deepseek_v4",
+        "n_routed_experts": 256,
+        "num_experts_per_tok": 6,
+        "scoring_func": "sqrtsoftplus",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
+    "kimi-k2": {
+        **DEEPSEEK_V3,
+        "model_type": "kimi_k2",
+        "n_routed_experts": 384,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 2.827,
+    },
+    "glm-4.5": {
+        "model_type": "glm4_moe",
+        "n_routed_experts": 160,
+        "num_experts_per_tok": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen2-moe": {
+        "model_type": "qwen2_moe",
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": False,
+    },
+    "qwen3-moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    },
+    "qwen3-next": {
+        "model_type": "qwen3_next",
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+        "norm_topk_prob": True,
+    },
+    "gpt-oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "experts_per_token": 4,
+    },
+    "llama4": {
+        "model_type": "llama4",
+        "text_config": {"model_type": "llama4_text", "num_local_experts": 16, "num_experts_per_tok": 1},
+        "vision_config": {"model_type": "llama4_vision_model"},
+    },
+    "minimax-m2": {
+        "model_type": "minimax_m2",
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+    },
+    "ernie-4.5": {"model_type": "ernie4_5_moe", "moe_num_experts": 64, "moe_k": 6, "moe_norm_min": 1e-12},
+    "granite-moe": {"model_type": "granitemoe", "num_local_experts": 32, "num_experts_per_tok": 8},
+    "olmoe": {"model_type": "olmoe", "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    "lfm2-moe": {
+        "model_type": "lfm2_moe",
+        "num_experts": 32,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "use_expert_bias": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_configuration_gives_the_preset(name):
+    assert RouterConfig.from_model_config(RELEASED[name]) == RouterConfig.preset(name)
+
+
+def test_model_config_from_a_file_a_folder_and_an_object(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DEEPSEEK_V3))
+    expected = RouterConfig.preset("deepseek-v3")
+    assert RouterConfig.from_model_config(tmp_path / "config.json") == expected
+    assert RouterConfig.from_model_config(str(tmp_path)) == expected
+
+    class Config:
+        def to_dict(self):
+            return DEEPSEEK_V3
+
+    assert RouterConfig.from_model_config(Config()) == expected
+    with pytest.raises(FileNotFoundError):
+        RouterConfig.from_model_config(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config"])
+def test_model_config_of_a_multimodal_model(key):
+    outer = {"model_type": "some_vl", "vision_config": {"hidden_size": 8}, key: DEEPSEEK_V3}
+    assert RouterConfig.from_model_config(outer) == RouterConfig.preset("deepseek-v3")
+    nested = {"model_type": "omni", "thinker_config": outer}
+    assert RouterConfig.from_model_config(nested) == RouterConfig.preset("deepseek-v3")
+
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("renamed", "to"),
+    [
+        ("n_routed_experts", "num_local_experts"),
+        ("n_routed_experts", "num_experts"),
+        ("n_routed_experts", "moe_num_experts"),
+        ("num_experts_per_tok", "num_experts_per_token"),
+        ("num_experts_per_tok", "experts_per_token"),
+        ("num_experts_per_tok", "moe_k"),
+        ("num_experts_per_tok", "moe_topk"),
+        ("num_experts_per_tok", "moe_top_k"),
+        ("num_experts_per_tok", "top_k"),
+        ("n_group", "num_expert_group"),
+        ("norm_topk_prob", "moe_renormalize"),
+        ("routed_scaling_factor", "router_scaling_factor"),
+        ("routed_scaling_factor", "route_scale"),
+        ("scoring_func", "score_func"),
+        ("scoring_func", "score_function"),
+        ("scoring_func", "moe_router_activation_func"),
+    ],
+)
+def test_every_spelling(renamed, to):
+    config = {**without(DEEPSEEK_V3, renamed), to: DEEPSEEK_V3[renamed]}
+    assert RouterConfig.from_model_config(config) == RouterConfig.preset("deepseek-v3")
+    assert RouterConfig.from_model_config({**config, "model_type": "unheard"}) == RouterConfig.preset("deepseek-v3")
+
+
+def test_sampling_top_k_is_not_the_routers():
+    assert RouterConfig.from_model_config({**DEEPSEEK_V3, "top_k": 50}).top_k == 8
+
+
+def test_two_spellings_that_disagree():
+    with pytest.raises(ValueError, match=r"num_experts must be equal to n_routed_experts \(256\), got 64"):
+        RouterConfig.from_model_config({**DEEPSEEK_V3, "num_experts": 64})
+
+
+def test_one_number_per_layer_counts_when_all_are_equal():
+    config = {**RELEASED["mixtral"], "num_experts_per_tok": [2, 2, 2]}
+    assert RouterConfig.from_model_config(config) == RouterConfig.preset("mixtral")
+    with pytest.raises(TypeError, match="top_k must be an integer, got list"):
+        RouterConfig.from_model_config({**config, "num_experts_per_tok": [2, 4]})
+
+
+def test_topk_method_goes_before_the_model_type():
+    config = {**RELEASED["deepseek-v2"], "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True}
+    rule = RouterConfig.from_model_config(config)
+    assert (rule.score, rule.group_score, rule.renormalize) == ("sigmoid", "top2_sum", "sum")
+    greedy = RouterConfig.from_model_config({**DEEPSEEK_V3, "topk_method": "greedy"})
+    assert (greedy.num_groups, greedy.topk_groups) == (1, 1)
+
+
+@pytest.mark.parametrize("absent", [None, 0, 1])
+def test_no_groups(absent):
+    config = {**without(DEEPSEEK_V3, "topk_group"), "n_group": absent}
+    assert RouterConfig.from_model_config(config).num_groups == 1
+
+
+def test_a_model_type_whose_code_has_no_groups_ignores_them():
+    config = {**RELEASED["deepseek-v4"], "n_group": 8, "topk_group": 4}
+    assert RouterConfig.from_model_config(config) == RouterConfig.preset("deepseek-v4")
+
+
+MISSING = [
+    ({}, "n_routed_experts or num_local_experts or num_experts or moe_num_experts, and num_experts_per_tok or"),
+    ({"model_type": "llama", "hidden_size": 4096}, "(model_type 'llama', which is not known)"),
+    (
+        {"model_type": "qwen3_moe", "num_experts": 128, "num_experts_per_tok": 8},
+        "with norm_topk_prob or moe_renormalize",
+    ),
+    (
+        without(DEEPSEEK_V3, "routed_scaling_factor"),
+        "with routed_scaling_factor or router_scaling_factor or route_scale",
+    ),
+    (without(DEEPSEEK_V3, "topk_group"), "with topk_group, got one without (model_type 'deepseek_v3')"),
+    (
+        {"model_type": "unheard", "num_experts": 8, "num_experts_per_tok": 2},
+        "with scoring_func or score_func or score_function or moe_router_activation_func, and norm_topk_prob or "
+        "moe_renormalize, got one without (model_type 'unheard', which is not known)",
+    ),
+    ({**without(DEEPSEEK_V3, "topk_method"), "model_type": "unheard"}, "with topk_method, got one without"),
+]
+
+
+@pytest.mark.parametrize(("config", "part"), MISSING)
+def test_missing_keys_are_named(config, part):
+    with pytest.raises(ValueError, match=r"^RouterConfig\.from_model_config: model_config must be a config") as error:
+        RouterConfig.from_model_config(config)
+    assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"topk_method": "best"},
+            "topk_method must be one of 'greedy', 'group_limited_greedy', 'noaux_tc', got 'best'",
+        ),
+        ({"scoring_func": "relu"}, "scoring_func must be one of 'softmax', 'sigmoid', 'sqrtsoftplus', got 'relu'"),
+        (
+            {"model_type": "phimoe"},
+            "model_config must be a configuration whose routing RouterConfig covers, got 'phimoe' (sparsemixer)",
+        ),
+    ],
+)
+def test_what_is_not_covered_is_said(change, sentence):
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - the sentence is compared
+        RouterConfig.from_model_config({**DEEPSEEK_V3, **change})
+    assert str(error.value) == "RouterConfig.from_model_config: " + sentence
+
+
+@pytest.mark.parametrize("thing", [None, 3, [1, 2], b"config.json"])
+def test_model_config_of_another_type(thing):
+    with pytest.raises(TypeError, match=r"^RouterConfig\.from_model_config: model_config must be a transformers conf"):
+        RouterConfig.from_model_config(thing)
