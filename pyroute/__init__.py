@@ -1,6 +1,7 @@
 """Expert routing for Mixture-of-Experts models: top-k gating, token permutation, FP8 grouped GEMM."""
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
+from .quantization import Fp8Array, dequantize_fp8, quantize_fp8
 from .router_config import RouterConfig
 from .router_presets import presets
 
@@ -8,10 +9,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendInfo",
+    "Fp8Array",
     "RouterConfig",
     "__version__",
     "backends",
+    "dequantize_fp8",
     "get_num_threads",
     "presets",
+    "quantize_fp8",
     "set_num_threads",
 ]

@@ -93,3 +93,23 @@ def output(function: str, argument: str, out: Array, dtype_name: str, axes: tupl
         raise value_error(function, argument, "C-contiguous, aligned and writeable", "a view that is not")
     if isinstance(out, np.ndarray) and any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in inputs):
         raise value_error(function, argument, "memory that no input uses", "an overlapping array")
+
+
+def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: int | None = None) -> Array:
+    """Starts of the experts' segments, then the end of the last one, as int64: 0, not decreasing, within the rows."""
+    if offsets.dtype.kind not in "iu" or not offsets.dtype.isnative:
+        raise type_error(function, "expert_offsets", "integers", str(offsets.dtype))
+    shape(function, "expert_offsets", offsets, (("num_experts + 1", None if num_experts is None else num_experts + 1),))
+    if offsets.shape[0] < 2:
+        raise value_error(function, "expert_offsets", "of shape [num_experts + 1]", list(offsets.shape))
+    ok = offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all() and offsets[-1] <= num_rows
+    if not ok:
+        raise value_error(
+            function, "expert_offsets", f"from 0, not decreasing, to at most {num_rows} (rows)", _first_few(offsets)
+        )
+    return offsets.astype("int64", copy=False)
+
+
+def _first_few(values: Array) -> str:
+    shown = ", ".join(str(value) for value in values[:8].tolist())
+    return f"[{shown}{', ...' if values.size > 8 else ''}]"

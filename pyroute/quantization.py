@@ -1,0 +1,240 @@
+"""FP8 with block scales: quantize_fp8, dequantize_fp8 and the array that carries both codes and scales."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import numpy as np
+
+from . import _backend, _check
+from ._array import quantization as _array
+
+Array = Any
+Fp8Format = Literal["e4m3", "e5m2"]
+ScaleFormat = Literal["float32", "ue8m0"]
+
+INPUT_TYPES = ("float32", "bfloat16", "float16", "float64")
+_EXACT_IN_FLOAT32 = ("bfloat16", "float8_e8m0fnu")  # scale types of checkpoints that widen without rounding
+
+
+def _block(function: str, block: Any) -> tuple[int, int]:
+    if not isinstance(block, (tuple, list)) or len(block) != 2:
+        raise _check.type_error(function, "block", "a pair (rows, cols)", _check.describe(block))
+    rows, cols = (_check.integer(function, "block", extent, 1) for extent in block)
+    return rows, cols
+
+
+def _row_block_starts(expert_offsets: Array, block_rows: int) -> Array:
+    xp = _backend.array_module(expert_offsets)
+    starts = xp.zeros(expert_offsets.shape, xp.int64)
+    starts[1:] = xp.cumsum(-(-xp.diff(expert_offsets) // block_rows))
+    return starts
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Fp8Array:
+    """FP8 codes and the scale of each block; the value of an element is ``code * scale``.
+
+    Checkpoints in DeepSeek-V3's layout are taken as they are: ``Fp8Array(weight, weight_scale_inv, (128, 128))``.
+
+    Parameters
+    ----------
+    codes : uint8 or ml_dtypes float8 [..., rows, cols]
+        At least two axes. On NumPy ``.codes`` is a float8 view (same memory), on CuPy uint8.
+    scales : float32 [..., ceil(rows / block[0]), ceil(cols / block[1])]
+        One per block, the last ones of an axis possibly partial; bfloat16 and float8_e8m0fnu are widened.
+    block : (int, int)
+        Rows and columns of a block in the last two axes: (1, 128) for activations, (128, 128) for weights.
+    format : {"e4m3", "e5m2"}
+    expert_offsets : integer [num_experts + 1], optional
+        For two axes: blocks restart at each of these rows, as ``quantize_fp8(..., expert_offsets=)`` writes them. The
+        scales of expert e are then rows ``row_block_starts[e]`` to ``row_block_starts[e + 1]`` of ``scales``; rows from
+        ``expert_offsets[-1]`` on have no scale and are zero.
+
+    Raises
+    ------
+    TypeError, ValueError
+        In one sentence, when codes, scales and block do not fit together: a truncated scale array never loads.
+
+    Examples
+    --------
+    >>> Fp8Array(np.zeros((3, 200), np.uint8), np.ones((3, 2), np.float32)).shape
+    (3, 200)
+    """
+
+    codes: Array
+    scales: Array
+    block: tuple[int, int] = (1, 128)
+    format: Fp8Format = "e4m3"
+    expert_offsets: Array | None = None
+
+    def __post_init__(self) -> None:
+        _check.one_of("Fp8Array", "format", self.format, tuple(_array.FORMATS))
+        object.__setattr__(self, "block", _block("Fp8Array", self.block))
+        float8 = _backend.FLOAT8[self.format]
+        codes = _backend.as_array("Fp8Array", "codes", self.codes)
+        _check.dtype("Fp8Array", "codes", codes, ("uint8", float8.name))
+        if codes.ndim < 2:
+            raise _check.value_error("Fp8Array", "codes", "of at least two axes", list(codes.shape))
+        object.__setattr__(self, "codes", codes.view(float8) if isinstance(codes, np.ndarray) else codes)
+
+        scales = _backend.as_array("Fp8Array", "scales", self.scales)
+        _check.dtype("Fp8Array", "scales", scales, ("float32", *_EXACT_IN_FLOAT32))
+        object.__setattr__(self, "scales", scales.astype("float32", copy=False))
+
+        *lead, rows, cols = codes.shape
+        row_blocks = -(-rows // self.block[0])
+        if self.expert_offsets is not None:
+            if lead:
+                raise _check.value_error("Fp8Array", "codes", "of two axes with expert_offsets", list(codes.shape))
+            offsets = _backend.as_array("Fp8Array", "expert_offsets", self.expert_offsets)
+            offsets = _check.expert_offsets("Fp8Array", offsets, rows)
+            object.__setattr__(self, "expert_offsets", offsets)
+            row_blocks = int(_row_block_starts(offsets, self.block[0])[-1])
+        expected = (*lead, row_blocks, -(-cols // self.block[1]))
+        if scales.shape != expected:
+            where = f"of shape {list(expected)} for codes {list(codes.shape)} in blocks of {self.block}"
+            raise _check.value_error("Fp8Array", "scales", where, list(scales.shape))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the codes."""
+        shape: tuple[int, ...] = self.codes.shape
+        return shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales together."""
+        return int(self.codes.nbytes + self.scales.nbytes)
+
+    @property
+    def row_block_starts(self) -> Array | None:
+        """First row of ``scales`` of each expert, int64 [num_experts + 1]; None without expert_offsets."""
+        return None if self.expert_offsets is None else _row_block_starts(self.expert_offsets, self.block[0])
+
+    def __getitem__(self, index: int | slice) -> Fp8Array:
+        """One matrix, or a run of matrices, of a stack [..., rows, cols]; shares memory."""
+        if self.ndim < 3:
+            raise TypeError(f"Fp8Array: only the axes before the last two can be indexed, got shape {list(self.shape)}")
+        if not isinstance(index, (int, np.integer, slice)):
+            raise _check.type_error("Fp8Array", "index", "an integer or a slice", _check.describe(index))
+        return Fp8Array(self.codes[index], self.scales[index], self.block, self.format)
+
+    def dequantize(self, dtype: Any = "float32") -> Array:
+        """:func:`dequantize_fp8` of this array."""
+        return dequantize_fp8(self, dtype)
+
+    def scales_column_major(self) -> Array:
+        """The scales in the layout that Hopper's copy engine (TMA) reads, as DeepGEMM expects them.
+
+        Same shape and values; in memory the row index runs fastest, and each column starts at a multiple of 16 bytes
+        (four floats), the floats between being zero.
+        """
+        xp = _backend.array_module(self.scales)
+        *lead, rows, cols = self.scales.shape
+        memory = xp.zeros((*lead, cols, -(-rows // 4) * 4), xp.float32)
+        memory[..., :rows] = xp.swapaxes(self.scales, -1, -2)
+        return xp.swapaxes(memory[..., :rows], -1, -2)
+
+
+def quantize_fp8(
+    x: Any,
+    *,
+    block: tuple[int, int] = (1, 128),
+    format: Fp8Format = "e4m3",
+    scale_format: ScaleFormat = "float32",
+    expert_offsets: Any = None,
+    backend: str | None = None,
+) -> Fp8Array:
+    """Quantise to FP8 with one scale per block.
+
+    Per block: ``amax`` is the largest finite magnitude, ``scale = amax / 448`` (57344 for e5m2) in one float32 division
+    and ``code = cast(x * (1 / scale))``. The cast rounds to nearest even, saturates finite values and turns NaN and
+    infinities into the one NaN code (0x7f, 0x7e for e5m2), so that an overflow stays visible. A block whose amax is
+    below ``448 * 2**-126``, an all-zero one included, has scale 1.0. Codes and scales are the same bytes on every
+    backend.
+
+    Parameters
+    ----------
+    x : float32, bfloat16, float16 or float64 [..., rows, cols]
+        At least two axes. float64 is rounded to float32 first.
+    block : (int, int)
+        Rows and columns of a block, any positive numbers; the last block of an axis may be partial. (1, 128): along the
+        contraction, for activations. (128, 128): weights. (128, 1): along tokens, for the operands of wgrad.
+    format : {"e4m3", "e5m2"}
+        float8_e4m3fn or float8_e5m2.
+    scale_format : {"float32", "ue8m0"}
+        ue8m0 rounds each scale up to a power of two.
+    expert_offsets : integer [num_experts + 1], optional
+        Row blocks restart at each of these rows, so that no block mixes two experts (x must have two axes). Starts at
+        0, does not decrease, ends at or below rows. Rows from the last offset on are not read and get codes 0.
+
+    Returns
+    -------
+    Fp8Array
+        With scales [..., ceil(rows / block[0]), ceil(cols / block[1])]; with expert_offsets the row blocks of expert 0,
+        then those of expert 1, and so on (see ``Fp8Array.row_block_starts``).
+
+    Notes
+    -----
+    Reads x once from memory and writes a byte per element. Scheme: DeepSeek-V3 technical report, section 3.3.2.
+    """
+    x = _backend.as_array("quantize_fp8", "x", x)
+    _check.dtype("quantize_fp8", "x", x, INPUT_TYPES)
+    if x.ndim < 2:
+        raise _check.value_error("quantize_fp8", "x", "of at least two axes [..., rows, cols]", list(x.shape))
+    block = _block("quantize_fp8", block)
+    _check.one_of("quantize_fp8", "format", format, tuple(_array.FORMATS))
+    _check.one_of("quantize_fp8", "scale_format", scale_format, ("float32", "ue8m0"))
+    segments = None
+    if expert_offsets is not None:
+        if x.ndim != 2:
+            raise _check.value_error("quantize_fp8", "x", "of two axes with expert_offsets", list(x.shape))
+        expert_offsets = _backend.as_array("quantize_fp8", "expert_offsets", expert_offsets)
+        expert_offsets = _check.expert_offsets("quantize_fp8", expert_offsets, x.shape[0])
+        segments = (expert_offsets, _row_block_starts(expert_offsets, block[0]))
+    power_of_two = scale_format == "ue8m0"
+
+    match _backend.choose("quantize_fp8", backend, x, expert_offsets):
+        case _:
+            xp = _backend.array_module(x)
+            codes, scales = _array.quantize(xp, x, block, format, power_of_two, segments)
+    return Fp8Array(codes, scales, block, format, expert_offsets)
+
+
+def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None = None) -> Array:
+    """The values of an FP8 array: ``code * scale`` in float32, rounded once to ``dtype``.
+
+    Parameters
+    ----------
+    q : Fp8Array
+    dtype : {"float32", "bfloat16", "float16", "float64"} or the dtype itself
+
+    Returns
+    -------
+    array of q.shape
+        NaN codes give the canonical quiet NaN. Rows past the last expert offset are zero.
+    """
+    if not isinstance(q, Fp8Array):
+        raise _check.type_error("dequantize_fp8", "q", "an Fp8Array", _check.describe(q))
+    target = _float_dtype("dequantize_fp8", dtype)
+    segments = None if q.expert_offsets is None else (q.expert_offsets, q.row_block_starts)
+    match _backend.choose("dequantize_fp8", backend, q.codes):
+        case _:
+            xp = _backend.array_module(q.codes)
+            return _array.dequantize(xp, q.codes.view(np.uint8), q.scales, q.block, q.format, segments, target)
+
+
+def _float_dtype(function: str, dtype: Any) -> np.dtype[Any]:
+    by_name = {name: _backend.BFLOAT16 if name == "bfloat16" else np.dtype(name) for name in INPUT_TYPES}
+    if isinstance(dtype, str):
+        return by_name[_check.one_of(function, "dtype", dtype, INPUT_TYPES)]
+    try:
+        return by_name[np.dtype(dtype).name]
+    except (TypeError, KeyError):
+        raise _check.type_error(function, "dtype", " or ".join(INPUT_TYPES), repr(dtype)) from None
