@@ -1,7 +1,16 @@
 """Expert routing for Mixture-of-Experts models: top-k gating, token permutation, FP8 grouped GEMM."""
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
+from .permutation import (
+    permute,
+    permute_backward,
+    permute_quantize,
+    plan_routes,
+    unpermute,
+    unpermute_backward,
+)
 from .quantization import Fp8Array, dequantize_fp8, quantize_fp8
+from .route_plan import RoutePlan
 from .router_config import RouterConfig
 from .router_presets import presets
 
@@ -10,12 +19,19 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendInfo",
     "Fp8Array",
+    "RoutePlan",
     "RouterConfig",
     "__version__",
     "backends",
     "dequantize_fp8",
     "get_num_threads",
+    "permute",
+    "permute_backward",
+    "permute_quantize",
+    "plan_routes",
     "presets",
     "quantize_fp8",
     "set_num_threads",
+    "unpermute",
+    "unpermute_backward",
 ]

@@ -1,0 +1,282 @@
+"""Routes: plan_routes gives every slot its row, permute and unpermute move tokens there and back, with backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _backend, _check
+from ._array import permutation as _array
+from .quantization import Fp8Array, ScaleFormat, quantize_fp8
+from .route_plan import RoutePlan
+
+Array = Any
+
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+MAX_ROWS = 2**31 - 1  # row maps are int32
+
+
+def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend: str | None = None) -> RoutePlan:
+    """Give every slot of every token its row in the expert-sorted matrix.
+
+    Parameters
+    ----------
+    topk_idx : integer [num_tokens, top_k]
+        Expert ids of any integer type. -1 is not routed. An id may appear twice in a token: each slot is its own row.
+    num_experts : int
+    alignment : int
+        Each expert's segment is padded to a multiple of this many rows.
+
+    Returns
+    -------
+    RoutePlan
+        Rows ordered by expert, then token, then slot: a stable sort, the same on every backend.
+
+    Raises
+    ------
+    ValueError
+        For an id outside -1..num_experts-1 (the message has its value and place), and when the slots or the padded rows
+        pass 2**31 - 1.
+
+    Notes
+    -----
+    A counting sort: reads the ids twice and writes 4 bytes per slot and 4 per row.
+    """
+    num_experts = _check.integer("plan_routes", "num_experts", num_experts, 1, MAX_ROWS)
+    alignment = _check.integer("plan_routes", "alignment", alignment, 1, MAX_ROWS)
+    ids = _backend.as_array("plan_routes", "topk_idx", topk_idx)
+    if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
+        raise _check.type_error("plan_routes", "topk_idx", "integers", str(ids.dtype))
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        expected = "of shape [num_tokens, top_k] with top_k at least 1"
+        raise _check.value_error("plan_routes", "topk_idx", expected, list(ids.shape))
+    if ids.size > MAX_ROWS:
+        raise _check.value_error("plan_routes", "topk_idx", f"of at most {MAX_ROWS} slots", ids.size)
+
+    try:
+        match _backend.choose("plan_routes", backend, ids):
+            case _:
+                xp = _backend.array_module(ids)
+                _check_ids(ids, num_experts)
+                # int64 holds every id that passed, whatever the type they came in
+                parts = _array.plan_routes(xp, ids.astype(xp.int64), num_experts, alignment)
+    except OverflowError as error:
+        raise _check.value_error("plan_routes", "alignment", f"small enough for {MAX_ROWS} rows", error) from None
+    return RoutePlan(*parts, alignment)
+
+
+def _check_ids(ids: Array, num_experts: int) -> None:
+    bad = ids >= num_experts
+    if ids.dtype.kind == "i":
+        bad |= ids < -1
+    if bad.any():
+        token, slot = divmod(int(bad.argmax()), ids.shape[1])
+        _raise_bad_id(int(ids[token, slot]), token, slot, num_experts)
+
+
+def _raise_bad_id(value: int, token: int, slot: int, num_experts: int) -> None:
+    expected = f"in 0..num_experts-1 ({num_experts - 1}), or -1 for not routed"
+    raise _check.value_error("plan_routes", f"topk_idx[{token}, {slot}]", expected, value)
+
+
+def permute(x: Any, plan: RoutePlan, *, out: Any = None, backend: str | None = None) -> Any:
+    """Copy each token to its rows: row r of the result is ``x[plan.row_to_token[r]]``, padding rows are zero.
+
+    Parameters
+    ----------
+    x : [num_tokens, hidden], items of 1, 2, 4 or 8 bytes; or an Fp8Array of that shape with one-row blocks
+        The bytes move as they are. For an Fp8Array the scales move with the codes; padding rows get codes 0, scale 1.0.
+    plan : RoutePlan
+    out : array [num_rows, hidden] of x's dtype, optional
+        Every byte of it is written. Not for an Fp8Array.
+
+    Returns
+    -------
+    [num_rows, hidden] like x
+
+    Notes
+    -----
+    Reads ``num_tokens * hidden`` items and writes ``num_rows * hidden``.
+    """
+    _plan("permute", plan)
+    if isinstance(x, Fp8Array):
+        return _permute_fp8(x, plan, out, backend)
+    x = _moved("permute", "x", x, "num_tokens", plan.num_tokens)
+    return _permute("permute", x, plan, out, backend)
+
+
+def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | None) -> Array:
+    shape = (("num_rows", plan.num_rows), ("hidden", x.shape[1]))
+    if out is not None:
+        _check.output(function, "out", out, x.dtype.name, shape, x)
+    match _backend.choose(function, backend, x, plan.row_to_token, out):
+        case _:
+            return _deliver(_array.permute(_backend.array_module(x), x, plan.row_to_token), out)
+
+
+def _permute_fp8(x: Fp8Array, plan: RoutePlan, out: Any, backend: str | None) -> Fp8Array:
+    if out is not None:
+        raise _check.type_error("permute", "out", "None for an Fp8Array", _check.describe(out))
+    if x.ndim != 2 or x.block[0] != 1 or x.expert_offsets is not None:
+        expected = "of two axes with blocks of one row, if it is an Fp8Array"
+        raise _check.value_error("permute", "x", expected, f"shape {list(x.shape)} with blocks {x.block}")
+    _check.shape("permute", "x", x, (("num_tokens", plan.num_tokens), ("hidden", None)))
+    codes = _permute("permute", x.codes.view(np.uint8), plan, None, backend)
+    scales = _permute("permute", x.scales, plan, None, backend)
+    scales[plan.row_to_token < 0] = 1.0
+    return Fp8Array(codes, scales, x.block, x.format)
+
+
+def permute_quantize(
+    x: Any, plan: RoutePlan, *, scale_format: ScaleFormat = "float32", backend: str | None = None
+) -> Fp8Array:
+    """Permute and quantise to e4m3 with 1x128 blocks in one pass: the bytes of ``quantize_fp8(permute(x, plan))``.
+
+    Parameters
+    ----------
+    x : float32, bfloat16, float16 or float64 [num_tokens, hidden]
+    plan : RoutePlan
+    scale_format : {"float32", "ue8m0"}
+
+    Returns
+    -------
+    Fp8Array [num_rows, hidden]
+        Padding rows have codes 0 and scale 1.0.
+    """
+    _plan("permute_quantize", plan)
+    x = _backend.as_array("permute_quantize", "x", x)
+    _check.array("permute_quantize", "x", x, FLOATS, (("num_tokens", plan.num_tokens), ("hidden", None)))
+    _check.one_of("permute_quantize", "scale_format", scale_format, ("float32", "ue8m0"))
+    match _backend.choose("permute_quantize", backend, x, plan.row_to_token):
+        case chosen:
+            # a row's codes do not depend on the other rows, so quantising before moving gives the same bytes
+            return _permute_fp8(quantize_fp8(x, scale_format=scale_format, backend=chosen), plan, None, chosen)
+
+
+def unpermute(
+    rows: Any, plan: RoutePlan, topk_weights: Any = None, *, out: Any = None, backend: str | None = None
+) -> Array:
+    """Bring each token's rows back: ``sum_j topk_weights[t, j] * rows[plan.token_to_row[t, j]]``.
+
+    Products and the sum, from +0 in slot order, run in float32 (float64 for float64 rows) without fused multiply-add
+    and are rounded once: the same bytes on every backend, and no dependence on other tokens. Slots that are not routed
+    add nothing, rows that no slot points to are never read, and a token without routed slots is zero. NaN results are
+    the canonical quiet NaN.
+
+    Parameters
+    ----------
+    rows : float32, bfloat16, float16 or float64 [num_rows, hidden]
+        With ``plan.top_k == 1`` and no weights any dtype of 1, 2, 4 or 8 bytes, since nothing is summed.
+    plan : RoutePlan
+    topk_weights : float32 [num_tokens, top_k], optional
+        float64 too for float64 rows. Without weights a token with one routed slot gets that row's bytes; several rows
+        are summed as if all weights were 1.
+    out : array [num_tokens, hidden] of rows' dtype, optional
+
+    Returns
+    -------
+    [num_tokens, hidden] of rows' dtype
+    """
+    return _unpermute("unpermute", "rows", rows, plan, topk_weights, out, backend)
+
+
+def permute_backward(grad_rows: Any, plan: RoutePlan, *, backend: str | None = None) -> Array:
+    """Gradient of :func:`permute`: each token's sum over its rows of ``grad_rows``, padding rows never read.
+
+    Parameters
+    ----------
+    grad_rows : float32, bfloat16, float16 or float64 [num_rows, hidden]
+
+    Returns
+    -------
+    grad_x [num_tokens, hidden] of grad_rows' dtype
+        Summed as :func:`unpermute` does without weights.
+    """
+    return _unpermute("permute_backward", "grad_rows", grad_rows, plan, None, None, backend)
+
+
+def _unpermute(
+    function: str, name: str, rows: Any, plan: RoutePlan, topk_weights: Any, out: Any, backend: str | None
+) -> Array:
+    _plan(function, plan)
+    rows = _moved(function, name, rows, "num_rows", plan.num_rows)
+    if topk_weights is not None or plan.top_k > 1:
+        _check.dtype(function, name, rows, FLOATS)
+    if topk_weights is not None:
+        topk_weights = _weights(function, topk_weights, plan, rows)
+    if out is not None:
+        shape = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
+        _check.output(function, "out", out, rows.dtype.name, shape, rows, topk_weights)
+    match _backend.choose(function, backend, rows, plan.token_to_row, topk_weights, out):
+        case _:
+            xp = _backend.array_module(rows)
+            return _deliver(_array.unpermute(xp, rows, plan.token_to_row, topk_weights), out)
+
+
+def unpermute_backward(
+    grad_y: Any, rows: Any, plan: RoutePlan, topk_weights: Any, *, backend: str | None = None
+) -> tuple[Array, Array]:
+    """Gradients of the weighted :func:`unpermute` with respect to its rows and weights.
+
+    Parameters
+    ----------
+    grad_y : [num_tokens, hidden] of rows' dtype
+    rows : float32, bfloat16, float16 or float64 [num_rows, hidden]
+        The forward's input.
+    plan : RoutePlan
+    topk_weights : float32 [num_tokens, top_k]
+        float64 too for float64 rows.
+
+    Returns
+    -------
+    grad_rows : [num_rows, hidden] of rows' dtype
+        ``topk_weights[t, j] * grad_y[t]`` rounded once; padding rows are zero.
+    grad_topk_weights : float32 (float64 for float64 rows) [num_tokens, top_k]
+        ``<grad_y[t], rows[token_to_row[t, j]]>``: 32 partial sums (lane l takes columns l, l + 32, ... in order), then
+        the tree 16, 8, 4, 2, 1. Exactly 0 where a slot is not routed.
+
+    Notes
+    -----
+    Without weights in the forward, the gradient of the rows is ``permute(grad_y, plan)``.
+    """
+    _plan("unpermute_backward", plan)
+    rows = _backend.as_array("unpermute_backward", "rows", rows)
+    _check.array("unpermute_backward", "rows", rows, FLOATS, (("num_rows", plan.num_rows), ("hidden", None)))
+    grad_y = _backend.as_array("unpermute_backward", "grad_y", grad_y)
+    shape = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
+    _check.array("unpermute_backward", "grad_y", grad_y, (rows.dtype.name,), shape)
+    topk_weights = _weights("unpermute_backward", topk_weights, plan, rows)
+    match _backend.choose("unpermute_backward", backend, grad_y, rows, plan.token_to_row, topk_weights):
+        case _:
+            xp = _backend.array_module(rows)
+            return _array.unpermute_backward(xp, grad_y, rows, plan.token_to_row, topk_weights)
+
+
+def _plan(function: str, plan: Any) -> None:
+    if not isinstance(plan, RoutePlan):
+        raise _check.type_error(function, "plan", "a RoutePlan", _check.describe(plan))
+
+
+def _moved(function: str, name: str, x: Any, axis: str, extent: int) -> Array:
+    x = _backend.as_array(function, name, x)
+    if x.dtype.hasobject or x.dtype.itemsize not in (1, 2, 4, 8):
+        raise _check.type_error(function, name, "of a dtype with items of 1, 2, 4 or 8 bytes", str(x.dtype))
+    _check.shape(function, name, x, ((axis, extent), ("hidden", None)))
+    return x
+
+
+def _weights(function: str, topk_weights: Any, plan: RoutePlan, rows: Array) -> Array:
+    topk_weights = _backend.as_array(function, "topk_weights", topk_weights)
+    allowed = ("float32", "float64") if rows.dtype.name == "float64" else ("float32",)
+    _check.array(
+        function, "topk_weights", topk_weights, allowed, (("num_tokens", plan.num_tokens), ("top_k", plan.top_k))
+    )
+    return topk_weights
+
+
+def _deliver(result: Array, out: Any) -> Array:
+    if out is None:
+        return result
+    out[...] = result
+    return out

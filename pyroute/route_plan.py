@@ -1,0 +1,174 @@
+"""RoutePlan: which row of the expert-sorted matrix each token's slot has, and that map in other libraries' layouts."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from . import _backend, _check
+
+Array = Any
+
+
+class DeepGemmLayout(NamedTuple):
+    """What DeepGEMM's grouped GEMMs read: ``m_indices`` for the contiguous layout, ``masked_m`` for the masked one."""
+
+    m_indices: Array  # int32 [num_rows]: each row's expert, -1 on padding
+    masked_m: Array  # int32 [num_experts]: true rows per expert
+
+
+class BlockLists(NamedTuple):
+    """What vLLM's and SGLang's fused MoE kernels read, as ``moe_align_block_size`` writes it."""
+
+    sorted_token_ids: Array  # int32 [num_tokens_post_padded]: flat slots t * top_k + j, T * top_k on padding
+    expert_ids: Array  # int32 [num_tokens_post_padded / block]: each block's expert
+    num_tokens_post_padded: Array  # int32 [1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RoutePlan:
+    """Rows of the expert-sorted matrix: by expert, then token, then slot; made by :func:`plan_routes`.
+
+    Each expert's segment is padded at its end to a multiple of ``alignment`` rows; an expert without tokens has an
+    empty segment. R, the number of rows, is ``expert_offsets[-1]``.
+
+    Parameters
+    ----------
+    tokens_per_expert : int32 [num_experts]
+        Slots routed to each expert, padding not counted.
+    expert_offsets : int64 [num_experts + 1]
+        First row of each expert's segment; the last entry is R.
+    row_to_token : int32 [R]
+        The token of each row, -1 on padding rows.
+    token_to_row : int32 [num_tokens, top_k]
+        The row of each slot, -1 where the slot is not routed.
+    alignment : int
+    """
+
+    tokens_per_expert: Array
+    expert_offsets: Array
+    row_to_token: Array
+    token_to_row: Array
+    alignment: int = 1
+
+    def __post_init__(self) -> None:
+        for field in ("tokens_per_expert", "expert_offsets", "row_to_token", "token_to_row"):
+            object.__setattr__(self, field, _backend.as_array("RoutePlan", field, getattr(self, field)))
+        _check.array("RoutePlan", "tokens_per_expert", self.tokens_per_expert, ("int32",), (("num_experts", None),))
+        ends = ("num_experts + 1", self.num_experts + 1)
+        _check.array("RoutePlan", "expert_offsets", self.expert_offsets, ("int64",), (ends,))
+        _check.array("RoutePlan", "row_to_token", self.row_to_token, ("int32",), (("num_rows", None),))
+        slots = (("num_tokens", None), ("top_k", None))
+        _check.array("RoutePlan", "token_to_row", self.token_to_row, ("int32",), slots)
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.token_to_row.shape[0])
+
+    @property
+    def top_k(self) -> int:
+        """Slots per token."""
+        return int(self.token_to_row.shape[1])
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.tokens_per_expert.shape[0])
+
+    @property
+    def num_rows(self) -> int:
+        """R: rows of the expert-sorted matrix, padding included."""
+        return int(self.row_to_token.shape[0])
+
+    @property
+    def has_padding(self) -> bool:
+        """Whether any row is padding."""
+        return self.num_rows > int(self.tokens_per_expert.sum())
+
+    def _slot_experts(self) -> tuple[Array, Array]:
+        """The routed slots as flat numbers t * top_k + j in ascending order, and the expert of each."""
+        xp = _backend.array_module(self.token_to_row)
+        rows = self.token_to_row.reshape(-1)
+        slots = xp.flatnonzero(rows >= 0)
+        return slots, xp.searchsorted(self.expert_offsets[1:], rows[slots], side="right")
+
+    def to_torch_offsets(self) -> Array:
+        """``offs`` of ``torch.nn.functional.grouped_mm``: each expert's end row, int32 [num_experts]."""
+        return self.expert_offsets[1:].astype("int32")
+
+    def to_deepgemm(self) -> DeepGemmLayout:
+        """``(m_indices, masked_m)`` of DeepGEMM (m_grouped_fp8_gemm_nt_contiguous and ..._nt_masked).
+
+        Its contiguous layout wants segments that start at multiples of 128 rows on Hopper: plan with ``alignment=128``.
+        """
+        xp = _backend.array_module(self.row_to_token)
+        expert = xp.searchsorted(self.expert_offsets[1:], xp.arange(self.num_rows), side="right")
+        m_indices = xp.where(self.row_to_token >= 0, expert, -1).astype(xp.int32)
+        return DeepGemmLayout(m_indices, self.tokens_per_expert)
+
+    def to_te_row_id_map(self, map_type: Literal["mask", "index"] = "mask") -> Array:
+        """TransformerEngine's ``row_id_map``, as its ``moe_permute(..., map_type=)`` returns it.
+
+        ``"mask"``: int32 [num_tokens, 2 * num_experts + 1]; per token its n rows from last to first, from column
+        num_experts on the experts of those rows, and n in the last column (other entries are -1).
+        ``"index"``: int32 [num_tokens * top_k], slot-major (entry ``j * num_tokens + t``), -1 where not routed.
+
+        Raises
+        ------
+        ValueError
+            "mask" for a token with one expert in two slots, which a mask cannot express.
+        """
+        _check.one_of("to_te_row_id_map", "map_type", map_type, ("mask", "index"))
+        if map_type == "index":
+            return self.token_to_row.T.reshape(-1)
+        xp = _backend.array_module(self.token_to_row)
+        slots, experts = self._slot_experts()
+        token = slots // self.top_k
+        dense = xp.full((self.num_tokens, self.num_experts), -1, xp.int32)
+        dense[token, experts] = self.token_to_row.reshape(-1)[slots]
+        num_routed = (dense >= 0).sum(axis=1)
+        if int(num_routed.sum()) != slots.size:
+            expected = "'index' when a token has one expert in two slots"
+            raise _check.value_error("to_te_row_id_map", "map_type", expected, "'mask'")
+        order = xp.argsort(-dense, axis=1, kind="stable")  # rows rise with the expert, so this is last to first
+        real = xp.arange(self.num_experts)[None, :] < num_routed[:, None]
+        result = xp.full((self.num_tokens, 2 * self.num_experts + 1), -1, xp.int32)
+        result[:, : self.num_experts] = xp.where(real, xp.take_along_axis(dense, order, axis=1), -1)
+        result[:, self.num_experts : -1] = xp.where(real, order, -1)
+        result[:, -1] = num_routed
+        return result
+
+    def to_block_lists(self, block: int) -> BlockLists:
+        """vLLM's and SGLang's ``moe_align_block_size``: slots by expert, each expert padded to whole blocks.
+
+        Independent of the plan's own alignment. Slots that are not routed are left out.
+        """
+        block = _check.integer("to_block_lists", "block", block, 1)
+        xp = _backend.array_module(self.token_to_row)
+        slots, experts = self._slot_experts()
+        order = xp.argsort(experts, kind="stable")
+        slots, experts = slots[order], experts[order]
+        blocks = -(-self.tokens_per_expert.astype(xp.int64) // block)
+        first_slot = xp.cumsum(self.tokens_per_expert.astype(xp.int64)) - self.tokens_per_expert
+        first_place = (xp.cumsum(blocks) - blocks) * block
+        total = int(blocks.sum()) * block
+        if total > np.iinfo(np.int32).max:
+            raise _check.value_error("to_block_lists", "block", "small enough for int32 lists", block)
+        sorted_token_ids = xp.full(total, self.num_tokens * self.top_k, xp.int32)
+        sorted_token_ids[first_place[experts] + xp.arange(slots.size) - first_slot[experts]] = slots
+        which = xp.searchsorted(xp.cumsum(blocks), xp.arange(total // block), side="right")
+        return BlockLists(sorted_token_ids, which.astype(xp.int32), xp.full(1, total, xp.int32))
+
+    def to_dense_map(self) -> Array:
+        """Megatron-LM's and TransformerEngine's ``routing_map``: bool [num_tokens, num_experts], True where routed.
+
+        An expert in two slots of a token shows once.
+        """
+        xp = _backend.array_module(self.token_to_row)
+        slots, experts = self._slot_experts()
+        dense = xp.zeros((self.num_tokens, self.num_experts), xp.bool_)
+        dense[slots // self.top_k, experts] = True
+        return dense
