@@ -8,12 +8,13 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pyroute
-from pyroute import RouterConfig
+from pyroute import RouterConfig, router_models
 from pyroute.router_presets import model_shape
 
 
@@ -523,3 +524,22 @@ def test_what_is_not_covered_is_said(change, sentence):
 def test_model_config_of_another_type(thing):
     with pytest.raises(TypeError, match=r"^RouterConfig\.from_model_config: model_config must be a transformers conf"):
         RouterConfig.from_model_config(thing)
+
+
+# --- the table in the documentation -----------------------------------------------------------------------------------
+
+
+def test_documentation_lists_every_preset_with_its_sizes_and_every_model_type():
+    path = Path(__file__).parent.parent / "docs" / "routers.md"
+    if not path.is_file():
+        pytest.skip("needs the source tree")
+    text = path.read_text(encoding="utf-8")
+    for name in pyroute.presets():
+        shape = model_shape(name)
+        sizes = (*shape[:4], shape.shared_intermediate or "–", shape.activation)
+        assert "| ".join([f"| `{name}` ", *(f"{size} " for size in sizes)]) + "|" in text
+        assert text.count(f"`{name}`") >= 2
+    for model_type in router_models._RULES:
+        assert f"`{model_type}`" in text
+    for spellings in router_models._SPELLINGS.values():
+        assert all(f"`{key}`" in text for key in spellings)
