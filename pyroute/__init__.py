@@ -1,6 +1,7 @@
 """Expert routing for Mixture-of-Experts models: top-k gating, token permutation, FP8 grouped GEMM."""
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
+from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .permutation import (
     permute,
     permute_backward,
@@ -25,6 +26,9 @@ __all__ = [
     "backends",
     "dequantize_fp8",
     "get_num_threads",
+    "grouped_gemm",
+    "grouped_gemm_dgrad",
+    "grouped_gemm_wgrad",
     "permute",
     "permute_backward",
     "permute_quantize",

@@ -35,6 +35,17 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
 
 
+def float_dtype(function: str, argument: str, value: Any, allowed: tuple[str, ...]) -> np.dtype[Any]:
+    """A dtype given by name, as a type or as a dtype; ``allowed`` are names."""
+    by_name = {name: BFLOAT16 if name == "bfloat16" else np.dtype(name) for name in allowed}
+    if isinstance(value, str):
+        return by_name[_check.one_of(function, argument, value, allowed)]
+    try:
+        return by_name[np.dtype(value).name]
+    except (TypeError, KeyError):
+        raise _check.type_error(function, argument, " or ".join(allowed), repr(value)) from None
+
+
 class BackendInfo(NamedTuple):
     """One backend: whether calls can use it, why not, and what it runs on."""
 

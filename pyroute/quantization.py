@@ -222,19 +222,9 @@ def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None =
     """
     if not isinstance(q, Fp8Array):
         raise _check.type_error("dequantize_fp8", "q", "an Fp8Array", _check.describe(q))
-    target = _float_dtype("dequantize_fp8", dtype)
+    target = _backend.float_dtype("dequantize_fp8", "dtype", dtype, INPUT_TYPES)
     segments = None if q.expert_offsets is None else (q.expert_offsets, q.row_block_starts)
     match _backend.choose("dequantize_fp8", backend, q.codes):
         case _:
             xp = _backend.array_module(q.codes)
             return _array.dequantize(xp, q.codes.view(np.uint8), q.scales, q.block, q.format, segments, target)
-
-
-def _float_dtype(function: str, dtype: Any) -> np.dtype[Any]:
-    by_name = {name: _backend.BFLOAT16 if name == "bfloat16" else np.dtype(name) for name in INPUT_TYPES}
-    if isinstance(dtype, str):
-        return by_name[_check.one_of(function, "dtype", dtype, INPUT_TYPES)]
-    try:
-        return by_name[np.dtype(dtype).name]
-    except (TypeError, KeyError):
-        raise _check.type_error(function, "dtype", " or ".join(INPUT_TYPES), repr(dtype)) from None

@@ -1,0 +1,221 @@
+"""Grouped GEMM: the rows of each expert's segment times that expert's matrix, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import _backend, _check
+from ._array import grouped_gemm as _array
+from .quantization import Fp8Array
+
+Array = Any
+Operand = Any  # an array or an Fp8Array
+
+OPERAND_TYPES = ("float32", "bfloat16")
+
+
+def grouped_gemm(
+    a: Operand,
+    b: Operand,
+    expert_offsets: Any,
+    *,
+    out_dtype: Any = None,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """``out[r] = b[e] @ a[r]`` for every row r of expert e's segment.
+
+    Parameters
+    ----------
+    a : float32, bfloat16 or Fp8Array [R, K]
+        Rows sorted by expert, as ``permute`` writes them.
+    b : float32, bfloat16 or Fp8Array [E, N, K]
+        One weight matrix per expert, output features first. Any mix of types with ``a``.
+    expert_offsets : integer [E + 1]
+        Expert e owns rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]``: from 0, not decreasing, to at most R.
+    out_dtype : {"float32", "bfloat16"}, optional
+        By default that of ``out``, else float32 if ``a`` or ``b`` is float32, else bfloat16.
+    out : array [R, N], optional
+        C-contiguous; every row is written. Must not overlap an input.
+    backend : str, optional
+
+    Returns
+    -------
+    array [R, N]
+        Rows past the last offset are zero. A zero row of ``a``, such as padding, gives a zero row where the weights are
+        finite. NaN results are the canonical quiet NaN.
+
+    Notes
+    -----
+    Each element is within ``4 * 2**-24 * (abs(a) @ abs(b).T)``, plus half an ULP of the output type, of the exact
+    product of the dequantised operands. Its bits depend on its row, its column and K alone: not on the other rows, the
+    segment's length, the number of threads or, on the cpu backend, the instruction set (docs/numerics.md has the order
+    of the sum). An FP8 operand whose blocks are a multiple of 128 wide along K keeps its scales out of the inner sum;
+    any other block shape is legal and multiplied in first.
+
+    Cost: 2 R N K floating-point operations; for a few rows per expert, one read of the weights of the experts that have
+    rows.
+
+    Examples
+    --------
+    >>> a, b = np.ones((3, 4), np.float32), np.ones((2, 5, 4), np.float32)
+    >>> grouped_gemm(a, b, np.array([0, 1, 3])).shape
+    (3, 5)
+    """
+    name = "grouped_gemm"
+    a = _operand(name, "a", a, ("R", "K"))
+    b = _operand(name, "b", b, ("E", "N", ("K", a.shape[1])))
+    offsets = _offsets(name, expert_offsets, a.shape[0], b.shape[0])
+    chosen = _backend.choose(name, backend, *_memory(a), *_memory(b), out)
+    _check_segments(name, "a", a, offsets)
+    out = _output(name, a, b, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
+    match chosen:
+        case _:
+            _array.grouped_gemm(_backend.array_module(out), a, b, offsets, out)
+    return out
+
+
+def grouped_gemm_dgrad(
+    grad_out: Operand,
+    b: Operand,
+    expert_offsets: Any,
+    *,
+    out_dtype: Any = None,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Gradient of ``grouped_gemm`` with respect to ``a``: ``out[r] = grad_out[r] @ b[e]``.
+
+    Parameters
+    ----------
+    grad_out : float32, bfloat16 or Fp8Array [R, N]
+    b : float32, bfloat16 or Fp8Array [E, N, K]
+        As in the forward call.
+    expert_offsets, out_dtype, out, backend
+        As in :func:`grouped_gemm`; ``out`` is [R, K].
+
+    Returns
+    -------
+    array [R, K]
+        Rows past the last offset are zero; zero rows of ``grad_out`` give zero rows.
+
+    Notes
+    -----
+    The bound and the independence of the batch are those of :func:`grouped_gemm`, the contraction running along N.
+    """
+    name = "grouped_gemm_dgrad"
+    grad_out = _operand(name, "grad_out", grad_out, ("R", "N"))
+    b = _operand(name, "b", b, ("E", ("N", grad_out.shape[1]), "K"))
+    offsets = _offsets(name, expert_offsets, grad_out.shape[0], b.shape[0])
+    chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(b), out)
+    _check_segments(name, "grad_out", grad_out, offsets)
+    out = _output(name, grad_out, b, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
+    match chosen:
+        case _:
+            _array.grouped_gemm_dgrad(_backend.array_module(out), grad_out, b, offsets, out)
+    return out
+
+
+def grouped_gemm_wgrad(
+    grad_out: Operand,
+    a: Operand,
+    expert_offsets: Any,
+    *,
+    accumulate_into: Array | None = None,
+    out: Array | None = None,
+    backend: str | None = None,
+) -> Array:
+    """Gradient of ``grouped_gemm`` with respect to ``b``: ``out[e] = grad_out[segment e].T @ a[segment e]``.
+
+    Parameters
+    ----------
+    grad_out : float32, bfloat16 or Fp8Array [R, N]
+    a : float32, bfloat16 or Fp8Array [R, K]
+        As in the forward call. FP8 operands quantised with ``block=(128, 1)`` and the same ``expert_offsets`` keep
+        their scales out of the inner sum; any other block shape is legal and multiplied in first.
+    expert_offsets : integer [E + 1]
+        As in :func:`grouped_gemm`. Rows past the last offset are not read.
+    accumulate_into : float32 [E, N, K], optional
+        Added to in place and returned: ``new = old + gradient``, one rounding per element. Experts without rows keep
+        their bytes.
+    out : float32 [E, N, K], optional
+        Overwritten and returned; not together with ``accumulate_into``.
+    backend : str, optional
+
+    Returns
+    -------
+    float32 [E, N, K]
+        Exactly zero for experts without rows.
+
+    Notes
+    -----
+    The contraction runs over the rows of a segment, in blocks of 128 that start anew in each segment, so an expert's
+    gradient depends on the rows of its own segment and their order alone. Error as in :func:`grouped_gemm`.
+    """
+    name = "grouped_gemm_wgrad"
+    grad_out = _operand(name, "grad_out", grad_out, ("R", "N"))
+    a = _operand(name, "a", a, (("R", grad_out.shape[0]), "K"))
+    offsets = _offsets(name, expert_offsets, a.shape[0], None)
+    if accumulate_into is not None and out is not None:
+        raise _check.value_error(name, "out", "None together with accumulate_into", _check.describe(out))
+    accumulate = accumulate_into is not None
+    argument, out = ("accumulate_into", accumulate_into) if accumulate else ("out", out)
+    chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(a), out)
+    _check_segments(name, "grad_out", grad_out, offsets)
+    _check_segments(name, "a", a, offsets)
+    axes = (("E", offsets.shape[0] - 1), ("N", grad_out.shape[1]), ("K", a.shape[1]))
+    if out is None:
+        out = _backend.array_module(offsets).empty([extent for _, extent in axes], "float32")
+    else:
+        _check.output(name, argument, out, "float32", axes, *_memory(grad_out), *_memory(a), offsets)
+    match chosen:
+        case _:
+            _array.grouped_gemm_wgrad(_backend.array_module(out), grad_out, a, offsets, out, accumulate)
+    return out
+
+
+def _operand(function: str, argument: str, x: Any, axes: tuple[Any, ...]) -> Operand:
+    """An array or Fp8Array with these axes, each a name or a name and its extent."""
+    named = tuple(axis if isinstance(axis, tuple) else (axis, None) for axis in axes)
+    if isinstance(x, Fp8Array):
+        _check.shape(function, argument, x, named)
+        return x
+    x = _backend.as_array(function, argument, x)
+    _check.array(function, argument, x, OPERAND_TYPES, named)
+    return x
+
+
+def _memory(x: Operand) -> tuple[Array, ...]:
+    return (x.codes, x.scales) if isinstance(x, Fp8Array) else (x,)
+
+
+def _offsets(function: str, expert_offsets: Any, num_rows: int, num_experts: int | None) -> Array:
+    offsets = _backend.as_array(function, "expert_offsets", expert_offsets)
+    return _check.expert_offsets(function, offsets, num_rows, num_experts)
+
+
+def _check_segments(function: str, argument: str, x: Operand, offsets: Array) -> None:
+    """Scale blocks that restart must restart where the segments of this call do."""
+    if not isinstance(x, Fp8Array) or x.expert_offsets is None:
+        return
+    if x.expert_offsets.shape != offsets.shape or not (x.expert_offsets == offsets).all():
+        raise _check.value_error(
+            function, argument, "quantised with the expert_offsets of this call", "an Fp8Array with other offsets"
+        )
+
+
+def _output(
+    function: str, a: Operand, b: Operand, out_dtype: Any, out: Array | None, axes: tuple[tuple[str, int], ...]
+) -> Array:
+    float32 = any(not isinstance(x, Fp8Array) and x.dtype.name == "float32" for x in (a, b))
+    wanted = "float32" if float32 else "bfloat16"
+    if out_dtype is not None:
+        wanted = _backend.float_dtype(function, "out_dtype", out_dtype, OPERAND_TYPES).name
+    elif out is not None and hasattr(out, "dtype"):
+        wanted = out.dtype.name if out.dtype.name in OPERAND_TYPES else wanted
+    if out is not None:
+        _check.output(function, "out", out, wanted, axes, *_memory(a), *_memory(b))
+        return out
+    dtype = _backend.BFLOAT16 if wanted == "bfloat16" else wanted
+    xp = _backend.array_module(_memory(a)[0])
+    return xp.empty([extent for _, extent in axes], dtype)
