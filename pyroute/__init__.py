@@ -1,6 +1,8 @@
 """Expert routing for Mixture-of-Experts models: top-k gating, token permutation, FP8 grouped GEMM."""
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
+from .gating import Gating, topk_gating, topk_gating_backward
+from .gating_losses import balance_loss, update_bias, z_loss
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .permutation import (
     permute,
@@ -20,10 +22,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendInfo",
     "Fp8Array",
+    "Gating",
     "RoutePlan",
     "RouterConfig",
     "__version__",
     "backends",
+    "balance_loss",
     "dequantize_fp8",
     "get_num_threads",
     "grouped_gemm",
@@ -36,6 +40,10 @@ __all__ = [
     "presets",
     "quantize_fp8",
     "set_num_threads",
+    "topk_gating",
+    "topk_gating_backward",
     "unpermute",
     "unpermute_backward",
+    "update_bias",
+    "z_loss",
 ]

@@ -1,0 +1,166 @@
+"""Top-k gating: which experts serve a token, and with which weights; forward, backward and replay."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from . import _backend, _check
+from . import _gating_contract as contract
+from ._array import gating as array_gating
+from ._array import gating_backward as array_backward
+from ._array import gating_losses as array_losses
+from ._check import Array
+from .router_config import RouterConfig
+
+
+class Gating(NamedTuple):
+    """What a router decided; unpacks as ``topk_idx, topk_weights, tokens_per_expert``.
+
+    Attributes
+    ----------
+    topk_idx : int32 [num_tokens, top_k]
+        Expert ids, best first, distinct; -1 where the token is not routed. C-contiguous.
+    topk_weights : float32 [num_tokens, top_k], float64 for float64 logits
+        Weight of each chosen expert; exactly 0 where the id is -1.
+    tokens_per_expert : int32 [num_experts]
+        How many slots name each expert.
+    """
+
+    topk_idx: Array
+    topk_weights: Array
+    tokens_per_expert: Array
+
+
+def topk_gating(
+    logits: Any, config: RouterConfig, *, bias: Any = None, topk_idx: Any = None, token_mask: Any = None,
+    backend: str | None = None,
+) -> Gating:  # fmt: skip
+    """Choose ``top_k`` experts for every token and weigh them.
+
+    The scores are ``config.score(logits)`` in float32 (float64 for float64 logits). Without a bias the best *logits*
+    win, since scores tie where they saturate; with a bias the best ``score + bias`` win and the weights are still the
+    scores. With groups, a group is ranked by its largest scores (with a bias: ``score + bias``), and experts of groups
+    that are not kept are never chosen. Equal keys: the lower id. NaN ranks below -inf.
+
+    Parameters
+    ----------
+    logits : float32, bfloat16, float16 or float64 [num_tokens, num_experts]
+    config : RouterConfig
+    bias : float32 [num_experts], optional
+        Selection bias (float64 with float64 logits). It chooses and never weighs.
+    topk_idx : integer [num_tokens, top_k], optional
+        Replay: compute the weights of these ids instead of choosing; ``bias`` is then not used. -1 is not routed;
+        an expert may come twice. For activation recompute, reinforcement learning and hash-routed layers.
+    token_mask : bool [num_tokens], optional
+        True for real tokens. The others get ids -1 and weights 0.
+    backend : {None, "numpy", "cupy", "cpu", "cuda"}
+
+    Returns
+    -------
+    Gating
+        The same bytes on every backend, instruction set and thread count; a row depends on its own logits only.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong kind, dtype, shape or id, before any work.
+
+    Notes
+    -----
+    Reads the logits once and writes ``8 * top_k`` bytes a token. A row with a NaN logit has NaN softmax weights and
+    valid ids. ``top_k = 1`` with renormalisation gives weight 1 and gradient 0: such a router learns from its losses
+    alone. Group-limited choice: DeepSeek-V2, arXiv:2405.04434; bias: arXiv:2408.15664.
+
+    Examples
+    --------
+    >>> config = pyroute.RouterConfig(4, 2, renormalize="sum")
+    >>> gating = pyroute.topk_gating(np.array([[0.0, 2.0, 1.0, 2.0]], np.float32), config)
+    >>> gating.topk_idx.tolist(), gating.topk_weights.tolist()
+    ([[1, 3]], [[0.5, 0.5]])
+    """
+    function = "topk_gating"
+    router = contract.router(function, config)
+    z = contract.logits_array(function, logits, router.num_experts)
+    b = contract.bias_array(function, bias, z)
+    mask = contract.mask_array(function, token_mask, z.shape[0])
+    ids = None if topk_idx is None else contract.expert_ids(function, "topk_idx", topk_idx, z.shape[0], router)
+    match _backend.choose(function, backend, z, b, ids, mask):
+        case _:
+            xp = _backend.array_module(z)
+            return Gating(*array_gating.topk_gating(xp, z, router, b, ids, mask))
+
+
+def topk_gating_backward(
+    grad_topk_weights: Any, logits: Any, gating: Gating, config: RouterConfig, *, bias: Any = None,
+    balance_loss_coef: float = 0.0, balance_loss_scope: str = "batch", z_loss_coef: float = 0.0,
+    token_mask: Any = None, sequence_ids: Any = None, global_counts: Any = None, backend: str | None = None,
+) -> Array:  # fmt: skip
+    """Gradient of the logits, from the weights and both auxiliary losses together.
+
+    ``d/d logits (<grad_topk_weights, topk_weights> + balance_loss_coef * balance_loss + z_loss_coef * z_loss)`` with
+    the ids, the groups and the load fractions as constants.
+
+    Parameters
+    ----------
+    grad_topk_weights : float32 [num_tokens, top_k]
+        Gradient of ``gating.topk_weights``, in its type (float64 for float64 logits).
+    logits : [num_tokens, num_experts]
+        As given to :func:`topk_gating`.
+    gating : Gating
+        Its ``topk_idx`` is all that is read; replayed ids are as good as chosen ones.
+    config : RouterConfig
+    bias : float32 [num_experts], optional
+        Checked and not used: a bias only chooses, so it has no gradient and no influence here.
+    balance_loss_coef, z_loss_coef : float
+        0 leaves a loss out.
+    balance_loss_scope, sequence_ids, global_counts
+        As in :func:`balance_loss`.
+    token_mask : bool [num_tokens], optional
+        False: gradient exactly 0, and the token counts in neither loss.
+    backend : {None, "numpy", "cupy", "cpu", "cuda"}
+
+    Returns
+    -------
+    grad_logits : float32 [num_tokens, num_experts], float64 for float64 logits
+        The same bytes on every backend. Slots with id -1 contribute nothing.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a wrong kind, dtype, shape or id, before any work.
+
+    Notes
+    -----
+    Scores are computed again from the logits, which costs less than keeping them. Softmax with renormalisation needs
+    no exponential of the experts that were not chosen, unless the eps weighs in the sum.
+    """
+    function = "topk_gating_backward"
+    router = contract.router(function, config)
+    z = contract.logits_array(function, logits, router.num_experts)
+    if not isinstance(gating, Gating):
+        raise _check.type_error(function, "gating", "a Gating", _check.describe(gating))
+    ids = contract.expert_ids(function, "gating.topk_idx", gating.topk_idx, z.shape[0], router)
+    grad = _backend.as_array(function, "grad_topk_weights", grad_topk_weights)
+    axes = (("num_tokens", z.shape[0]), ("top_k", router.top_k))
+    _check.array(function, "grad_topk_weights", grad, (contract.weight_dtype(z),), axes)
+    contract.bias_array(function, bias, z)
+    mask = contract.mask_array(function, token_mask, z.shape[0])
+    balance_coef = _check.real(function, "balance_loss_coef", balance_loss_coef)
+    z_coef = _check.real(function, "z_loss_coef", z_loss_coef)
+    _check.one_of(function, "balance_loss_scope", balance_loss_scope, contract.SCOPES)
+    sequence = contract.sequences(function, balance_loss_scope, sequence_ids, z.shape[0])
+    reduced = contract.reduced_counts(function, balance_loss_scope, global_counts, z.shape[1], mask, z.shape[0])
+    chosen = _backend.choose(function, backend, z, ids, grad, mask, sequence, reduced and reduced[0])
+
+    xp = _backend.array_module(z)
+    balance = None
+    if balance_coef:
+        balance = array_losses.balance_terms(
+            xp, ids, router.num_experts, grad.dtype, coef=balance_coef, token_mask=mask, sequence_ids=sequence,
+            global_counts=reduced,
+        )  # fmt: skip
+    num_real = z.shape[0] if mask is None else int(mask.sum())
+    z_scale = 2.0 * z_coef / max(1, num_real)
+    match chosen:
+        case _:
+            return array_backward.topk_gating_backward(xp, grad, z, ids, router, mask, balance, z_scale)
