@@ -32,17 +32,16 @@ FORMATS = {
 def cast(xp: Any, x: Array, format: str) -> Array:
     """Codes (uint8) of float32 ``x``: nearest even, finite values saturate, NaN and infinities become the NaN code."""
     f = FORMATS[format]
-    dropped = 23 - f.mantissa_bits
+    smallest_normal = (128 - f.exponent_bias) << 23
     bits = x.view(xp.uint32)
     magnitude = bits & 0x7FFFFFFF
-    # Normal codes: adding half a unit less one, plus the lowest bit that stays, carries exactly when nearest-even does.
-    rounded = (magnitude + ((1 << (dropped - 1)) - 1) + ((magnitude >> dropped) & 1)) >> dropped
-    normal = xp.minimum(rounded - ((127 - f.exponent_bias) << f.mantissa_bits), f.max_code)
-    # Subnormal codes: float32 addition itself rounds to the spacing of the smallest code.
-    magic = 2.0 ** (23 + 1 - f.exponent_bias - f.mantissa_bits)
-    magic_bits = int(np.float32(magic).view(np.uint32))
-    subnormal = (xp.abs(x) + x.dtype.type(magic)).view(xp.uint32) - magic_bits
-    code = xp.where(magnitude < ((128 - f.exponent_bias) << 23), subnormal, normal) | ((bits >> 24) & 0x80)
+    capped = xp.minimum(magnitude, int(np.float32(f.max_value).view(np.uint32)))
+    # One float32 addition rounds: with 2**(23 - mantissa_bits) units above x's exponent added, the sum keeps
+    # mantissa_bits of x and its low bits count the steps. Below the smallest normal exponent the steps stay that one's.
+    exponent = xp.maximum(capped & 0x7F800000, smallest_normal)
+    magic = exponent + ((23 - f.mantissa_bits) << 23)
+    steps = (capped.view(xp.float32) + magic.view(xp.float32)).view(xp.uint32) - magic
+    code = steps + ((exponent - smallest_normal) >> (23 - f.mantissa_bits)) | ((bits >> 24) & 0x80)
     return xp.where(magnitude >= 0x7F800000, f.nan_code, code).astype(xp.uint8)
 
 

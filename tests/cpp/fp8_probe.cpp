@@ -1,0 +1,17 @@
+// The lane conversions of one instruction set as plain functions over arrays; compiled once per instruction set.
+#include "cpu/fp8.h"
+
+namespace pyroute::cpu::PYROUTE_ISA {
+
+void encode_e4m3(const float *x, uint8_t *codes) {
+    store(codes, __builtin_convertvector(fp8_encode<E4m3>(load<f32x8>(x)), u8x8));
+}
+void encode_e5m2(const float *x, uint8_t *codes) {
+    store(codes, __builtin_convertvector(fp8_encode<E5m2>(load<f32x8>(x)), u8x8));
+}
+void decode_e4m3(const uint8_t *codes, float *x) { store(x, E4m3::decode(load<u8x8>(codes))); }
+void decode_e5m2(const uint8_t *codes, float *x) { store(x, E5m2::decode(load<u8x8>(codes))); }
+void encode_f16(const float *x, uint16_t *half) { store(half, f32_to_f16(load<f32x8>(x))); }
+void decode_f16(const uint16_t *half, float *x) { store(x, f16_to_f32(load<u16x8>(half))); }
+
+} // namespace pyroute::cpu::PYROUTE_ISA
