@@ -129,13 +129,20 @@ def test_bad_type_is_a_type_error_that_names_the_field(field, value):
         RouterConfig(**{"num_experts": 8, "top_k": 2, field: value})
 
 
-def test_ordinary_edges():
-    RouterConfig(1, 1)
-    RouterConfig(7, 7)
-    RouterConfig(8, 8, num_groups=8, topk_groups=8)
-    RouterConfig(1, 1, score="sigmoid", group_score="top2_sum")  # one group: its score is not used
-    RouterConfig(1024, 32, num_groups=64, topk_groups=2)
-    RouterConfig(8, 2, renormalize="sum", renormalize_eps=0)
+@pytest.mark.parametrize(
+    "config",
+    [
+        RouterConfig(1, 1),
+        RouterConfig(7, 7),
+        RouterConfig(8, 8, num_groups=8, topk_groups=8),
+        RouterConfig(1, 1, score="sigmoid", group_score="top2_sum"),  # one group: its score is not used
+        RouterConfig(1024, 32, num_groups=64, topk_groups=2),
+        RouterConfig(8, 2, renormalize="sum", renormalize_eps=0),
+    ],
+    ids=str,
+)
+def test_ordinary_edges(config):
+    assert RouterConfig.from_string(str(config)) == config
 
 
 def legal_configs(rng, count):
