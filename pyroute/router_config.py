@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 from . import _check
@@ -152,30 +153,15 @@ class RouterConfig:
         fields = ((field, getattr(self, field.name)) for field in dataclasses.fields(self))
         return ",".join(f"{field.name}={value}" for field, value in fields if value != field.default)
 
-    @classmethod
-    def from_string(cls, text: str) -> RouterConfig:
+    @staticmethod
+    def from_string(text: str) -> RouterConfig:
         """The config whose ``str()`` is ``text``; ValueError for anything else that is not one."""
         if not isinstance(text, str):
             raise _check.type_error("RouterConfig.from_string", "text", "a string", _check.describe(text))
-        types = {field.name: str(field.type) for field in dataclasses.fields(cls)}
-        values: dict[str, Any] = {}
-        for item in text.split(","):
-            field, _, value = item.partition("=")
-            if field not in types or field in values:
-                expected = "'field=value' items with each field once"
-                raise _check.value_error("RouterConfig.from_string", "text", expected, repr(text))
-            try:
-                values[field] = {"int": int, "float": float}.get(types[field], str)(value)
-            except ValueError:
-                kind = "an integer" if types[field] == "int" else "a number"
-                raise _check.value_error("RouterConfig.from_string", field, kind, repr(value)) from None
-        if not {"num_experts", "top_k"} <= values.keys():
-            expected = "a text with num_experts and top_k"
-            raise _check.value_error("RouterConfig.from_string", "text", expected, repr(text))
-        return cls(**values)
+        return _parse(text)
 
-    @classmethod
-    def preset(cls, name: str) -> RouterConfig:
+    @staticmethod
+    def preset(name: str) -> RouterConfig:
         """The rule of a released model; ValueError for a name that :func:`pyroute.presets` does not list.
 
         Examples
@@ -187,8 +173,8 @@ class RouterConfig:
 
         return router_presets.preset(name)
 
-    @classmethod
-    def from_model_config(cls, model_config: Any) -> RouterConfig:
+    @staticmethod
+    def from_model_config(model_config: Any) -> RouterConfig:
         """The rule of a model, from the model's own configuration.
 
         Parameters
@@ -219,3 +205,23 @@ class RouterConfig:
         from . import router_models
 
         return router_models.from_model_config(model_config)
+
+
+@functools.lru_cache(maxsize=256)  # an op that carries its config as text reads it on every call: 15 us without
+def _parse(text: str) -> RouterConfig:
+    types = {field.name: str(field.type) for field in dataclasses.fields(RouterConfig)}
+    values: dict[str, Any] = {}
+    for item in text.split(","):
+        field, _, value = item.partition("=")
+        if field not in types or field in values:
+            expected = "'field=value' items with each field once"
+            raise _check.value_error("RouterConfig.from_string", "text", expected, repr(text))
+        try:
+            values[field] = {"int": int, "float": float}.get(types[field], str)(value)
+        except ValueError:
+            kind = "an integer" if types[field] == "int" else "a number"
+            raise _check.value_error("RouterConfig.from_string", field, kind, repr(value)) from None
+    if not {"num_experts", "top_k"} <= values.keys():
+        expected = "a text with num_experts and top_k"
+        raise _check.value_error("RouterConfig.from_string", "text", expected, repr(text))
+    return RouterConfig(**values)
