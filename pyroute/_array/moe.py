@@ -16,7 +16,10 @@ SWISH_GATE, GELU_GATE, RELU2 = range(3)
 
 
 class ActivationProgram(NamedTuple):
-    """a * sigmoid(alpha * a) * (b + up_offset), a = min(gate, limit), b = clamp(up, -limit, limit); or gelu; or relu2."""
+    """SWISH_GATE: a * sigmoid(alpha * a) * (b + up_offset), a = min(gate, limit), b = clamp(up, -limit, limit).
+
+    GELU_GATE: gelu(gate) * up. RELU2: max(z, 0)**2.
+    """
 
     kind: int = SWISH_GATE
     alpha: float = 1.0
@@ -74,20 +77,22 @@ def _evaluate(xp: Any, gate: Array, up: Array, program: ActivationProgram) -> _P
         up = xp.where(up > limit, limit, up)
         up = xp.where(up < -limit, -limit, up)
         v = gate * f32(program.alpha)
-        slope_v_times_gate = v
+        gate_slope = v
     else:  # (1 + tanh y) / 2 = sigmoid(2 y), y = sqrt(2 / pi) (gate + 0.044715 gate^3)
         c1, c3 = f32(1.5957691216057308), f32(0.0713548162726)
         square = gate * gate
-        square = xp.where(square > 1e4, f32(1e4), square)  # beyond |gate| = 100 the sigmoid is 0 or 1
         v = gate * (square * c3 + c1)
-        slope_v_times_gate = gate * (square * (f32(3) * c3) + c1)
+        gate_slope = gate * (square * (f32(3) * c3) + c1)
     e = elementary.exp(xp, -xp.where(v < 0, -v, v))
     reciprocal = f32(1) / (e + f32(1))
     sigmoid = xp.where(v >= 0, f32(1), e) * reciprocal
     slope = sigmoid * (xp.where(v >= 0, e, f32(1)) * reciprocal)
+    # gate * dv/dgate, finite: where it passes 1000 the sigmoid's slope is exactly 0, and inf * 0 would be NaN
+    gate_slope = xp.where(gate_slope > 1e3, f32(1e3), gate_slope)
+    gate_slope = xp.where(gate_slope < -1e3, f32(-1e3), gate_slope)
     factor = up + f32(program.up_offset)
     activated = gate * sigmoid
-    d_gate = factor * (slope_v_times_gate * slope + sigmoid)
+    d_gate = factor * (gate_slope * slope + sigmoid)
     return _Point(activated * factor, d_gate, activated, gate_clipped, up_clipped)
 
 

@@ -86,7 +86,7 @@ template <Kind kind> PYROUTE_INLINE Point evaluate(const ActivationProgram &prog
         p.d_gate = positive + positive;
         return p;
     }
-    f32x8 v, v_slope_times_gate;
+    f32x8 v, gate_slope; // gate_slope: gate * dv/dgate
     if constexpr (kind == ActivationProgram::swish_gate) {
         const f32x8 limit = broadcast<f32x8>(program.limit);
         p.gate_clipped = gate > limit;
@@ -95,23 +95,24 @@ template <Kind kind> PYROUTE_INLINE Point evaluate(const ActivationProgram &prog
         up = up > limit ? limit : up;
         up = up < -limit ? -limit : up;
         v = gate * program.alpha;
-        v_slope_times_gate = v;
+        gate_slope = v;
     } else {
-        const f32x8 most = broadcast<f32x8>(1e4f); // beyond |gate| = 100 the sigmoid is 0 or 1; no overflow to inf * 0
-        f32x8 square = gate * gate;
-        square = square > most ? most : square;
+        const f32x8 square = gate * gate;
         v = gate * (square * 0.0713548162726f + 1.5957691216057308f);
-        v_slope_times_gate = gate * (square * (3.0f * 0.0713548162726f) + 1.5957691216057308f);
+        gate_slope = gate * (square * (3.0f * 0.0713548162726f) + 1.5957691216057308f);
     }
     const f32x8 one = broadcast<f32x8>(1.0f);
     const f32x8 e = exp_lanes(-(v < 0.0f ? -v : v));
     const f32x8 reciprocal = one / (e + one);
     const f32x8 sigmoid = (v >= 0.0f ? one : e) * reciprocal;
     const f32x8 slope = sigmoid * ((v >= 0.0f ? e : one) * reciprocal); // sigmoid (1 - sigmoid)
+    const f32x8 most = broadcast<f32x8>(1e3f); // beyond it the slope is exactly 0, and inf * 0 would be NaN
+    gate_slope = gate_slope > most ? most : gate_slope;
+    gate_slope = gate_slope < -most ? -most : gate_slope;
     const f32x8 factor = up + program.up_offset;
     const f32x8 activated = gate * sigmoid;
     p.hidden = activated * factor;
-    p.d_gate = factor * (v_slope_times_gate * slope + sigmoid);
+    p.d_gate = factor * (gate_slope * slope + sigmoid);
     p.d_up = activated;
     return p;
 }

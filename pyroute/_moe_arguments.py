@@ -1,0 +1,102 @@
+"""The arguments of the MoE layer: what is legal, said in one sentence each when it is not."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+from . import _backend, _check
+from ._array.moe import ActivationProgram
+from .quantization import Fp8Array, ScaleFormat
+
+Array = Any
+Operand = Any  # an array or an Fp8Array
+WeightOn = Literal["output", "pre_down", "input"]
+
+ROW_TYPES = ("float32", "bfloat16")
+WEIGHT_TYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class Layer(NamedTuple):
+    """The arguments of a call after validation."""
+
+    x: Array
+    topk_idx: Array
+    topk_weights: Array
+    w_gate_up: Operand
+    w_down: Operand
+    b_gate_up: Array | None
+    b_down: Array | None
+    program: ActivationProgram
+    weight_on: WeightOn
+    scale_format: ScaleFormat | None  # of quantised activations
+    backend: str
+
+
+def check_layer(
+    function: str,
+    x: Any,
+    topk_idx: Any,
+    topk_weights: Any,
+    weights: tuple[Any, Any],
+    biases: tuple[Any, Any],
+    backend: str | None,
+    program: ActivationProgram,
+    weight_on: Any,
+    quantize_activations: Any,
+) -> Layer:
+    """Everything that can be wrong with a call, except the values of the ids."""
+    x = _backend.as_array(function, "x", x)
+    _check.array(function, "x", x, ROW_TYPES, (("num_tokens", None), ("hidden", None)))
+    num_tokens, hidden = x.shape
+    topk_idx = _backend.as_array(function, "topk_idx", topk_idx)
+    if topk_idx.dtype.kind not in "iu" or not topk_idx.dtype.isnative:
+        raise _check.type_error(function, "topk_idx", "integers", str(topk_idx.dtype))
+    _check.shape(function, "topk_idx", topk_idx, (("num_tokens", num_tokens), ("top_k", None)))
+    topk_weights = _backend.as_array(function, "topk_weights", topk_weights)
+    slots = (("num_tokens", num_tokens), ("top_k", topk_idx.shape[1]))
+    _check.array(function, "topk_weights", topk_weights, WEIGHT_TYPES, slots)
+    w_down = _weight(
+        function, "w_down", weights[1], (("num_experts", None), ("hidden", hidden), ("intermediate", None))
+    )
+    num_experts, _, intermediate = w_down.shape
+    width = ("2 * intermediate", 2 * intermediate) if program.gated else ("intermediate", intermediate)
+    w_gate_up = _weight(function, "w_gate_up", weights[0], (("num_experts", num_experts), width, ("hidden", hidden)))
+    b_gate_up = _bias(function, "b_gate_up", biases[0], (("num_experts", num_experts), width))
+    b_down = _bias(function, "b_down", biases[1], (("num_experts", num_experts), ("hidden", hidden)))
+    _check.one_of(function, "weight_on", weight_on, ("output", "pre_down", "input"))
+    scale_format = _scale_format(function, quantize_activations)
+    if scale_format is not None and not (isinstance(w_gate_up, Fp8Array) and isinstance(w_down, Fp8Array)):
+        raise _check.value_error(function, "quantize_activations", "False unless both weights are Fp8Arrays", "True")
+    arrays = [x, topk_idx, topk_weights, b_gate_up, b_down]
+    arrays += [w.codes if isinstance(w, Fp8Array) else w for w in (w_gate_up, w_down)]
+    chosen = _backend.choose(function, backend, *arrays)
+    return Layer(
+        x, topk_idx, topk_weights.astype("float32", copy=False), w_gate_up, w_down, b_gate_up, b_down,
+        program, weight_on, scale_format, chosen,
+    )  # fmt: skip
+
+
+def _weight(function: str, argument: str, w: Any, axes: tuple[_check.Axis, ...]) -> Operand:
+    if isinstance(w, Fp8Array):
+        _check.shape(function, argument, w, axes)
+        return w
+    w = _backend.as_array(function, argument, w)
+    _check.array(function, argument, w, ROW_TYPES, axes)
+    return w
+
+
+def _bias(function: str, argument: str, bias: Any, axes: tuple[_check.Axis, ...]) -> Array | None:
+    if bias is None:
+        return None
+    bias = _backend.as_array(function, argument, bias)
+    _check.array(function, argument, bias, ROW_TYPES, axes)
+    return bias
+
+
+def _scale_format(function: str, quantize_activations: Any) -> ScaleFormat | None:
+    chosen: bool | ScaleFormat = _check.one_of(
+        function, "quantize_activations", quantize_activations, (False, True, "float32", "ue8m0")
+    )
+    if isinstance(chosen, bool):
+        return "float32" if chosen else None
+    return chosen
