@@ -4,6 +4,7 @@ from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
 from .gating import Gating, topk_gating, topk_gating_backward
 from .gating_losses import balance_loss, update_bias, z_loss
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .moe import MoeGradients, MoeSaved, moe_backward, moe_forward
 from .permutation import (
     permute,
     permute_backward,
@@ -23,6 +24,8 @@ __all__ = [
     "BackendInfo",
     "Fp8Array",
     "Gating",
+    "MoeGradients",
+    "MoeSaved",
     "RoutePlan",
     "RouterConfig",
     "__version__",
@@ -33,6 +36,8 @@ __all__ = [
     "grouped_gemm",
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
+    "moe_backward",
+    "moe_forward",
     "permute",
     "permute_backward",
     "permute_quantize",

@@ -2,6 +2,8 @@ from typing import Any
 
 import numpy as np
 
+_Array = np.ndarray[Any, Any]
+
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def set_isa(name: str) -> None: ...
@@ -12,4 +14,34 @@ def compiler() -> str: ...
 def probe_fma(rounds: int, threads: int) -> float: ...
 def probe_read(source: np.ndarray[Any, Any], threads: int) -> int: ...
 def probe_copy(destination: np.ndarray[Any, Any], source: np.ndarray[Any, Any], threads: int) -> int: ...
+def moe_activate(
+    gate_up: _Array,
+    bias: _Array | None,
+    expert_offsets: _Array,
+    row_to_token: _Array,
+    row_weights: _Array | None,
+    activation: tuple[int, float, float, float],
+    hidden: _Array,
+) -> None: ...
+def moe_activate_backward(
+    gate_up: _Array,
+    bias: _Array | None,
+    expert_offsets: _Array,
+    row_to_token: _Array,
+    row_weights: _Array | None,
+    activation: tuple[int, float, float, float],
+    grad_hidden: _Array,
+    hidden: _Array,
+    grad_gate_up: _Array,
+    grad_row_weights: _Array | None,
+) -> None: ...
+def moe_add_bias(
+    rows: _Array, bias: _Array, expert_offsets: _Array, row_to_token: _Array, row_weights: _Array | None
+) -> None: ...
+def moe_add_bias_dots(
+    rows: _Array, bias: _Array, expert_offsets: _Array, row_to_token: _Array, dots: _Array
+) -> None: ...
+def moe_bias_grad(
+    rows: _Array, expert_offsets: _Array, row_to_token: _Array, row_weights: _Array | None, grad_bias: _Array
+) -> None: ...
 def __getattr__(name: str) -> Any: ...

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from . import _backend, _check
 from ._activation import (
     Activation,
-    ExpertRows,
     activate,
     activate_backward,
     activation_program,
@@ -16,6 +15,7 @@ from ._activation import (
     add_bias_dots,
     bias_grad,
 )
+from ._array.moe import ExpertRows
 from ._moe_arguments import Layer, WeightOn, check_layer
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .permutation import permute, permute_backward, permute_quantize, plan_routes, unpermute, unpermute_backward

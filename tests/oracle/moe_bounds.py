@@ -105,3 +105,94 @@ def activation(layer: Layer, z: Bounded) -> tuple[Bounded, Bounded, Bounded]:
     d_gate_error += (sigmoid + slope + 4 * U) * factor
     d_up_error = SLOPE * gate.error + activated * near_up + (sigmoid + 2 * U) * activated
     return Bounded(hidden, hidden_error + TINY), Bounded(d_gate, d_gate_error + TINY), Bounded(d_up, d_up_error + TINY)
+
+
+def by_token(rows: Bounded, tokens: np.ndarray, num_tokens: int, terms: int) -> Bounded:
+    """Sum of each token's rows, of which there are at most ``terms``."""
+    value, error = np.zeros((num_tokens, rows.value.shape[1])), np.zeros((num_tokens, rows.value.shape[1]))
+    np.add.at(value, tokens, rows.value)
+    np.add.at(error, tokens, rows.error + terms * U * rows.magnitude)
+    return Bounded(value, error + TINY)
+
+
+def wgrad(grad: Bounded, rows: Bounded, experts: np.ndarray, num_experts: int) -> Bounded:
+    """[E, N, K]: grad.T @ rows over each expert's rows, within ``4 u (|grad|.T @ |rows|)``."""
+    values, errors = [], []
+    for expert in range(num_experts):
+        g, r = (Bounded(part.value[experts == expert], part.error[experts == expert]) for part in (grad, rows))
+        values.append(g.value.T @ r.value)
+        propagated = np.abs(g.value).T @ r.error + g.error.T @ np.abs(r.value) + g.error.T @ r.error
+        errors.append(propagated + 4 * U * (g.magnitude.T @ r.magnitude) + (TINY if g.value.size else 0))
+    return Bounded(np.array(values), np.array(errors))
+
+
+def layer(
+    layer: Layer,
+    x: np.ndarray,
+    topk_idx: np.ndarray,
+    topk_weights: np.ndarray,
+    grad_y: np.ndarray,
+    roundoff: float,
+    scale_format: str | None = None,
+    gate_up: np.ndarray | None = None,
+) -> dict[str, Bounded]:
+    """Result "y", rows "gate_up" and gradients by name, each step rounding to rows of ``roundoff``.
+
+    Rows are in slot order. With ``gate_up``, the rows that a forward pass wrote, everything after them is bounded
+    from there on: worst-case bounds over the whole layer are too wide to say much about bfloat16 or FP8.
+    """
+    tokens, slots = np.nonzero(topk_idx >= 0)
+    experts, shape = topk_idx[tokens, slots], topk_idx.shape
+    num_experts, hidden_size, inner = layer.w_down.shape
+    weight = exact(topk_weights[tokens, slots][:, None])
+    on_input = layer.weight_on == "input"
+
+    def store(rows: Bounded) -> Bounded:
+        return rounded(rows, roundoff)
+
+    def operand(rows: Bounded) -> Bounded:
+        return rows if scale_format is None else quantised(rows, scale_format == "ue8m0")
+
+    rows = store(times(exact(x[tokens]), weight)) if on_input else exact(x[tokens])
+    first = store(gemm(operand(rows), layer.w_gate_up[experts]))
+    z = first if gate_up is None else exact(gate_up)
+    if layer.b_gate_up is not None:
+        z = plus(z, exact(layer.b_gate_up[experts]))
+    hidden, d_gate, d_up = activation(layer, z)
+    weighted_hidden = hidden if on_input else times(hidden, weight)
+    result = store(
+        gemm(operand(store(weighted_hidden if layer.weight_on == "pre_down" else hidden)), layer.w_down[experts])
+    )
+    if layer.b_down is not None:
+        bias = exact(layer.b_down[experts])
+        result = store(plus(result, times(bias, weight) if layer.weight_on == "pre_down" else bias))
+    result = times(result, weight) if layer.weight_on == "output" else result
+    y = store(by_token(result, tokens, shape[0], shape[1]))
+
+    grad = exact(grad_y[tokens])
+    grad_hidden = store(gemm(grad, layer.w_down[experts].transpose(0, 2, 1)))
+    weighted = grad_hidden if on_input else times(grad_hidden, weight)
+    parts = [times(weighted, d_gate)] + ([times(weighted, d_up)] if layer.activation != "relu2" else [])
+    grad_z = store(Bounded(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True))))
+    grad_rows = store(gemm(grad_z, layer.w_gate_up[experts].transpose(0, 2, 1)))
+    if on_input:
+        by_slot = dot(grad_rows, exact(x[tokens]), hidden_size / 32 + 7)
+        grad_rows = times(grad_rows, weight)
+    else:
+        by_slot = dot(grad_hidden, hidden, inner / 8 + 5)
+        if layer.b_down is not None:
+            by_slot = plus(by_slot, dot(grad, exact(layer.b_down[experts]), hidden_size / 8 + 5))
+    grad_weights = Bounded(np.zeros(shape), np.zeros(shape))
+    for whole, part in zip(grad_weights, by_slot, strict=True):
+        whole[tokens, slots] = part
+    ones = exact(np.ones((len(tokens), 1)))
+    return {
+        "y": y,
+        "gate_up": first,
+        "x": store(by_token(grad_rows, tokens, shape[0], shape[1])),
+        "topk_weights": grad_weights,
+        "w_gate_up": wgrad(grad_z, rows, experts, num_experts),
+        "w_down": wgrad(grad, store(weighted_hidden), experts, num_experts),
+        "b_gate_up": Bounded(*(part[:, 0] for part in wgrad(ones, grad_z, experts, num_experts))),
+        "b_down": Bounded(*(part[:, 0] for part in wgrad(ones if on_input else weight, grad, experts, num_experts))),
+    }
