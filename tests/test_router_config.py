@@ -88,6 +88,10 @@ BAD_VALUES = [
         "topk_groups must be enough groups of 4 to hold top_k (6) experts, got 1",
     ),
     (
+        {"top_k": 5, "num_groups": 16, "topk_groups": 1},
+        "topk_groups must be enough groups of 4 to hold top_k (5) experts, got 1",
+    ),
+    (
         {"num_groups": 64, "topk_groups": 8, "group_score": "top2_sum"},
         "group_score must be 'max' with groups of one expert, got 'top2_sum'",
     ),
@@ -272,6 +276,11 @@ def test_unknown_preset(call):
 
 # --- a model's own configuration --------------------------------------------------------------------------------------
 
+
+def without(config, *keys):
+    return {key: value for key, value in config.items() if key not in keys}
+
+
 DEEPSEEK_V3 = {
     "model_type": "deepseek_v3",
     "n_routed_experts": 256,
@@ -409,12 +418,10 @@ def test_model_config_from_a_file_a_folder_and_an_object(tmp_path):
 def test_model_config_of_a_multimodal_model(key):
     outer = {"model_type": "some_vl", "vision_config": {"hidden_size": 8}, key: DEEPSEEK_V3}
     assert RouterConfig.from_model_config(outer) == RouterConfig.preset("deepseek-v3")
+    unnamed = {"model_type": "mixtral", key: without(RELEASED["mixtral"], "model_type")}
+    assert RouterConfig.from_model_config(unnamed) == RouterConfig.preset("mixtral")
     nested = {"model_type": "omni", "thinker_config": outer}
     assert RouterConfig.from_model_config(nested) == RouterConfig.preset("deepseek-v3")
-
-
-def without(config, *keys):
-    return {key: value for key, value in config.items() if key not in keys}
 
 
 @pytest.mark.parametrize(
