@@ -44,4 +44,19 @@ def moe_add_bias_dots(
 def moe_bias_grad(
     rows: _Array, expert_offsets: _Array, row_to_token: _Array, row_weights: _Array | None, grad_bias: _Array
 ) -> None: ...
+def grouped_gemm(
+    a: tuple[Any, ...],
+    b: tuple[Any, ...],
+    expert_offsets: _Array,
+    out: _Array,
+    out_type: str,
+    transposed: bool,
+) -> None: ...
+def grouped_gemm_wgrad(
+    grad_out: tuple[Any, ...],
+    a: tuple[Any, ...],
+    expert_offsets: _Array,
+    out: _Array,
+    accumulate: bool,
+) -> None: ...
 def __getattr__(name: str) -> Any: ...

@@ -70,6 +70,8 @@ def grouped_gemm(
     _check_segments(name, "a", a, offsets)
     out = _output(name, a, b, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
     match chosen:
+        case "cpu":
+            _backend.core.grouped_gemm(_native(a), _native(b), offsets, out, out.dtype.name, False)
         case _:
             _array.grouped_gemm(_backend.array_module(out), a, b, offsets, out)
     return out
@@ -111,6 +113,8 @@ def grouped_gemm_dgrad(
     _check_segments(name, "grad_out", grad_out, offsets)
     out = _output(name, grad_out, b, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
     match chosen:
+        case "cpu":
+            _backend.core.grouped_gemm(_native(grad_out), _native(b), offsets, out, out.dtype.name, True)
         case _:
             _array.grouped_gemm_dgrad(_backend.array_module(out), grad_out, b, offsets, out)
     return out
@@ -169,6 +173,8 @@ def grouped_gemm_wgrad(
     else:
         _check.output(name, argument, out, "float32", axes, *_memory(grad_out), *_memory(a), offsets)
     match chosen:
+        case "cpu":
+            _backend.core.grouped_gemm_wgrad(_native(grad_out), _native(a), offsets, out, accumulate)
         case _:
             _array.grouped_gemm_wgrad(_backend.array_module(out), grad_out, a, offsets, out, accumulate)
     return out
@@ -187,6 +193,13 @@ def _operand(function: str, argument: str, x: Any, axes: tuple[Any, ...]) -> Ope
 
 def _memory(x: Operand) -> tuple[Array, ...]:
     return (x.codes, x.scales) if isinstance(x, Fp8Array) else (x,)
+
+
+def _native(x: Operand) -> tuple[Any, ...]:
+    """What csrc/bindings/grouped_gemm.cpp takes apart: memory, type, scales, their block, whether blocks restart."""
+    if isinstance(x, Fp8Array):
+        return (x.codes, x.format, x.scales, *x.block, x.expert_offsets is not None)
+    return (x, x.dtype.name, None, 1, 1, False)
 
 
 def _offsets(function: str, expert_offsets: Any, num_rows: int, num_experts: int | None) -> Array:

@@ -1,1 +1,265 @@
-#include "cpu/isa.h"
+// Cutting grouped GEMM into tasks. Every product is rows X (of a segment, or of grad_out transposed) against columns Y
+// (an expert's weights, or `a` transposed), and every output byte is the same however they are cut.
+//
+// A round packs a bounded number of X rows once, into memory that all threads read (1.3 % of the arithmetic at N =
+// 1408). Its tasks are runs of 504 rows by panels of columns that fit half of L2; each thread packs the columns of its
+// task into its own panel and re-uses them for the task's rows (2 % of the arithmetic). So one crowded expert is many
+// tasks.
+#include "cpu/grouped_gemm.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "cpu/threads.h"
+
+namespace pyroute::cpu {
+namespace {
+
+constexpr int64_t task_rows = 504;                // 42 groups
+constexpr int64_t pack_unit = 48;                 // rows that a thread packs at a time: whole cache lines of columns
+constexpr int64_t column_panel_bytes = 400 << 10; // of L2
+constexpr int64_t round_bytes = 16 << 20;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Product {
+    PanelSource x, y;
+    int64_t num_rows, num_cols;
+    char *out; // row-major, num_cols elements a row
+};
+
+// Rows [first_row, first_row + num_rows) of a product; the unit that a round packs.
+struct RowRun {
+    const Product *product;
+    int64_t first_row, num_rows;
+    int64_t first_block; // of its packed rows in the round's memory
+    int64_t panel_cols;  // columns of one task
+
+    int64_t blocks() const { return divide_up(product->x.length, panel_depth); }
+    int64_t num_blocks() const { return divide_up(num_rows, panel_rows) * blocks(); }
+    int64_t num_tasks() const { return divide_up(product->num_cols, panel_cols); }
+    int64_t num_pack_units() const { return divide_up(num_rows, pack_unit); }
+    // A single group of rows uses each column once: its columns are widened block by block and never stored.
+    bool packs_columns() const { return num_rows > panel_rows || product->y.columns; }
+};
+
+class PanelMemory {
+  public:
+    explicit PanelMemory(int64_t blocks)
+        : blocks_(static_cast<PanelBlock *>(::operator new(sizeof(PanelBlock) * static_cast<size_t>(blocks),
+                                                           std::align_val_t{alignof(PanelBlock)}))) {}
+    ~PanelMemory() { ::operator delete(blocks_, std::align_val_t{alignof(PanelBlock)}); }
+    PanelMemory(const PanelMemory &) = delete;
+    PanelMemory &operator=(const PanelMemory &) = delete;
+    PanelBlock *at(int64_t block) const { return blocks_ + block; }
+
+  private:
+    PanelBlock *blocks_;
+};
+
+int64_t panel_cols_for(const Product &p) {
+    const int64_t group_bytes = std::max<int64_t>(1, divide_up(p.y.length, panel_depth)) * int64_t{sizeof(PanelBlock)};
+    return panel_rows * std::clamp<int64_t>(column_panel_bytes / group_bytes, 1, 16);
+}
+
+std::vector<RowRun> cut(const std::vector<Product> &products) {
+    std::vector<RowRun> runs;
+    for (const Product &p : products)
+        for (int64_t row = 0; row < p.num_rows && p.num_cols > 0; row += task_rows)
+            runs.push_back({&p, row, std::min(task_rows, p.num_rows - row), 0, panel_cols_for(p)});
+    return runs;
+}
+
+// Ends of the runs in a common numbering of their parts.
+template <class Count> std::vector<int64_t> ends(const RowRun *runs, size_t num_runs, Count count) {
+    std::vector<int64_t> result(num_runs);
+    int64_t end = 0;
+    for (size_t i = 0; i < num_runs; ++i)
+        result[i] = end += count(runs[i]);
+    return result;
+}
+
+// The run that a part belongs to, and the part's number in it.
+struct Part {
+    size_t run;
+    int64_t number;
+};
+Part part_at(const std::vector<int64_t> &part_ends, int64_t index) {
+    const auto run =
+        static_cast<size_t>(std::upper_bound(part_ends.begin(), part_ends.end(), index) - part_ends.begin());
+    return {run, index - (run ? part_ends[run - 1] : 0)};
+}
+
+struct Output {
+    ElementType type;
+    bool accumulate;
+    int64_t item_size() const { return type == ElementType::float32 ? 4 : 2; }
+};
+
+class Round {
+  public:
+    Round(RowRun *runs, size_t num_runs, const GroupedGemmKernels &kernels, Output output)
+        : runs_(runs), kernels_(kernels), output_(output),
+          pack_ends_(ends(runs, num_runs, [](const RowRun &r) { return r.num_pack_units(); })),
+          task_ends_(ends(runs, num_runs, [](const RowRun &r) { return r.num_tasks(); })) {
+        for (size_t i = 0; i < num_runs; ++i)
+            if (runs[i].packs_columns())
+                task_blocks_ = std::max(task_blocks_, runs[i].panel_cols / panel_rows * runs[i].blocks());
+    }
+
+    int64_t num_tasks() const { return task_ends_.back(); }
+    int64_t task_blocks() const { return task_blocks_; } // columns of one task, packed
+
+    void pack_rows(PanelBlock *rows) const {
+        parallel_ranges(pack_ends_.back(), 2, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) {
+                const Part part = part_at(pack_ends_, i);
+                const RowRun &run = runs_[part.run];
+                const int64_t row = part.number * pack_unit;
+                kernels_.pack(run.product->x, run.first_row + row, std::min(pack_unit, run.num_rows - row),
+                              rows + run.first_block + row / panel_rows * run.blocks());
+            }
+        });
+    }
+
+    void multiply(int64_t task, const PanelBlock *rows, PanelBlock *columns) const {
+        const Part part = part_at(task_ends_, task);
+        const RowRun &run = runs_[part.run];
+        const Product &p = *run.product;
+        const int64_t col = part.number * run.panel_cols, num_cols = std::min(run.panel_cols, p.num_cols - col);
+        if (run.packs_columns())
+            kernels_.pack(p.y, col, num_cols, columns);
+        PanelProduct product{};
+        product.x = rows + run.first_block;
+        product.num_rows = run.num_rows;
+        product.y = run.packs_columns() ? columns : nullptr;
+        product.source = p.y;
+        product.first_col = col;
+        product.num_cols = num_cols;
+        product.length = p.x.length;
+        product.scaled = p.x.keeps_scales || p.y.keeps_scales;
+        product.out = p.out + (run.first_row * p.num_cols + col) * output_.item_size();
+        product.out_type = output_.type;
+        product.out_stride = p.num_cols;
+        product.accumulate = output_.accumulate;
+        kernels_.multiply(product);
+    }
+
+  private:
+    const RowRun *runs_;
+    const GroupedGemmKernels &kernels_;
+    Output output_;
+    std::vector<int64_t> pack_ends_, task_ends_;
+    int64_t task_blocks_ = 0;
+};
+
+void run_products(const std::vector<Product> &products, Output output) {
+    std::vector<RowRun> runs = cut(products);
+    const GroupedGemmKernels &kernels = current_grouped_gemm_kernels();
+    std::vector<Round> rounds;
+    int64_t row_blocks = 0, task_blocks = 0;
+    for (size_t first = 0, next = 0; first < runs.size(); first = next) {
+        int64_t blocks = 0;
+        for (; next < runs.size() &&
+               (next == first || (blocks + runs[next].num_blocks()) * int64_t{sizeof(PanelBlock)} <= round_bytes);
+             ++next) {
+            runs[next].first_block = blocks;
+            blocks += runs[next].num_blocks();
+        }
+        rounds.emplace_back(&runs[first], next - first, kernels, output);
+        row_blocks = std::max(row_blocks, blocks);
+        task_blocks = std::max(task_blocks, rounds.back().task_blocks());
+    }
+    if (rounds.empty())
+        return;
+    const int64_t workers = num_threads();
+    const PanelMemory rows(row_blocks), columns(task_blocks * workers);
+    for (const Round &round : rounds) {
+        round.pack_rows(rows.at(0));
+        std::atomic<int64_t> next_task{0};
+        parallel_ranges(std::min(workers, round.num_tasks()), 1, [&](int64_t worker, int64_t) {
+            for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < round.num_tasks();)
+                round.multiply(task, rows.at(0), columns.at(worker * task_blocks));
+        });
+    }
+}
+
+int64_t item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
+
+// Matrix `index` of a stack [E, rows, cols].
+PanelSource matrix(const GemmOperand &operand, int64_t index, int64_t rows, int64_t cols, bool columns) {
+    PanelSource s{};
+    s.data = static_cast<const char *>(operand.data) + index * rows * cols * item_size(operand.type);
+    s.type = operand.type;
+    s.columns = columns;
+    s.stride = cols;
+    s.length = columns ? rows : cols;
+    s.block_rows = operand.block_rows;
+    s.block_cols = operand.block_cols;
+    if (operand.scales) {
+        s.scale_stride = divide_up(cols, operand.block_cols);
+        s.scales = operand.scales + index * operand.scale_rows * s.scale_stride;
+        s.keeps_scales = (columns ? operand.block_rows : operand.block_cols) % panel_depth == 0;
+    }
+    return s;
+}
+
+// Rows [begin, end) of a matrix: those of expert e.
+PanelSource segment(const GemmOperand &operand, int64_t e, int64_t begin, int64_t end, int64_t cols, bool columns) {
+    PanelSource s = matrix(operand, 0, end - begin, cols, columns);
+    s.data = static_cast<const char *>(s.data) + begin * cols * item_size(operand.type);
+    if (!operand.scales)
+        return s;
+    if (operand.expert_block_starts)
+        s.scales += operand.expert_block_starts[e] * s.scale_stride;
+    else {
+        s.scales += begin / operand.block_rows * s.scale_stride;
+        s.first_block_row = begin % operand.block_rows;
+        if (columns) // whether blocks fit would depend on where the segment starts, and so on the other experts
+            s.keeps_scales = false;
+    }
+    return s;
+}
+
+void multiply_by_segment(const GroupedGemmArgs &args, bool transposed) {
+    const int64_t length = transposed ? args.n : args.k, num_cols = transposed ? args.k : args.n;
+    const int64_t row_bytes = num_cols * item_size(args.out_type);
+    char *out = static_cast<char *>(args.out);
+    std::vector<Product> products;
+    for (int64_t e = 0; e < args.num_experts; ++e) {
+        const int64_t begin = args.expert_offsets[e], end = args.expert_offsets[e + 1];
+        if (begin < end)
+            products.push_back({segment(args.a, e, begin, end, length, false),
+                                matrix(args.b, e, args.n, args.k, transposed), end - begin, num_cols,
+                                out + begin * row_bytes});
+    }
+    const int64_t used = args.expert_offsets[args.num_experts];
+    std::memset(out + used * row_bytes, 0, static_cast<size_t>((args.num_rows - used) * row_bytes));
+    run_products(products, {args.out_type, false});
+}
+
+} // namespace
+
+void grouped_gemm(const GroupedGemmArgs &args) { multiply_by_segment(args, false); }
+void grouped_gemm_dgrad(const GroupedGemmArgs &args) { multiply_by_segment(args, true); }
+
+void grouped_gemm_wgrad(const GroupedGemmWgradArgs &args) {
+    std::vector<Product> products;
+    for (int64_t e = 0; e < args.num_experts; ++e) {
+        const int64_t begin = args.expert_offsets[e], end = args.expert_offsets[e + 1];
+        float *out = args.out + e * args.n * args.k;
+        if (begin < end)
+            products.push_back({segment(args.grad_out, e, begin, end, args.n, true),
+                                segment(args.a, e, begin, end, args.k, true), args.n, args.k,
+                                reinterpret_cast<char *>(out)});
+        else if (!args.accumulate)
+            std::memset(out, 0, sizeof(float) * static_cast<size_t>(args.n * args.k));
+    }
+    run_products(products, {ElementType::float32, args.accumulate});
+}
+
+} // namespace pyroute::cpu

@@ -1,0 +1,160 @@
+// Packing for grouped GEMM: rows or columns of a matrix become float32 panel rows along the contraction. bfloat16 and
+// FP8 are widened exactly; an FP8 scale either stays beside its block or, where scale blocks and the contraction's
+// blocks of 128 do not fit, is multiplied in with one rounding.
+#pragma once
+
+#include "cpu/elements.h"
+#include "cpu/fp8.h"
+#include "cpu/grouped_gemm.h"
+
+namespace pyroute::cpu::PYROUTE_ISA {
+namespace {
+
+template <class Format> struct Fp8 { // FP8 codes as elements.h describes the other types
+    using Storage = uint8_t;
+    using Wide = f32x8;
+    using Packed = u8x8;
+    PYROUTE_INLINE f32x8 widen(const u8x8 &codes) { return Format::decode(codes); }
+};
+
+// Scale of the block that holds this element of the matrix.
+PYROUTE_INLINE float scale_at(const PanelSource &s, int64_t row, int64_t col) {
+    return s.scales[(s.first_block_row + row) / s.block_rows * s.scale_stride + col / s.block_cols];
+}
+
+// Elements [col, col + count) of a matrix row, zeros behind them.
+template <class Type, bool multiply_scales>
+PYROUTE_INLINE f32x8 load_lanes(const PanelSource &s, int64_t row, int64_t col, int count) {
+    const auto *from = static_cast<const typename Type::Storage *>(s.data) + row * s.stride + col;
+    f32x8 value = count == 8 ? load_elements<Type>(from) : load_elements<Type>(from, count);
+    if constexpr (multiply_scales) {
+        f32x8 scale = broadcast<f32x8>(scale_at(s, row, col));
+        if (s.block_cols % 8 != 0 || col % 8 != 0)
+            for (int i = 1; i < count; ++i)
+                scale[i] = scale_at(s, row, col + i);
+        value *= scale;
+    }
+    return value;
+}
+
+PYROUTE_INLINE int smaller(int64_t a, int b) { return a < b ? static_cast<int>(a) : b; }
+
+// One panel row is a run of a matrix row.
+template <class Type, bool multiply_scales>
+PYROUTE_INLINE void pack_row(const PanelSource &s, int64_t row, int64_t begin, int length, float *to) {
+    int i = 0;
+    for (; i + 8 <= length; i += 8)
+        store(to + i, load_lanes<Type, multiply_scales>(s, row, begin + i, 8));
+    if (i < length)
+        store(to + i, load_lanes<Type, multiply_scales>(s, row, begin + i, length - i));
+}
+
+// v[i][j] becomes v[j][i].
+PYROUTE_INLINE void transpose(f32x8 (&v)[8]) {
+    f32x8 t[8], u[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
+        t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            u[i + j] = __builtin_shufflevector(t[i + j], t[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            u[i + j + 2] = __builtin_shufflevector(t[i + j], t[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    for (int j = 0; j < 4; ++j) {
+        v[j] = __builtin_shufflevector(u[j], u[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        v[j + 4] = __builtin_shufflevector(u[j], u[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+}
+
+// Panel rows are the columns [first, first + num_rows): squares of 8 x 8 are transposed in registers. All columns of
+// eight matrix rows are read before the next eight, so that reads are runs and not single elements.
+template <class Type, bool multiply_scales>
+void pack_columns(const PanelSource &s, int64_t first, int64_t num_rows, int64_t blocks, PanelBlock *panel) {
+    for (int64_t depth = 0; depth < s.length; depth += 8) {
+        const int count = smaller(s.length - depth, 8);
+        PanelBlock *block = panel + depth / panel_depth;
+        for (int64_t col = 0; col < num_rows; col += 8) {
+            const int width = smaller(num_rows - col, 8);
+            f32x8 square[8] = {};
+            for (int i = 0; i < count; ++i)
+                square[i] = load_lanes<Type, multiply_scales>(s, depth + i, first + col, width);
+            transpose(square);
+            for (int j = 0; j < width; ++j) {
+                const int64_t row = col + j;
+                store(&block[row / panel_rows * blocks].values[row % panel_rows][depth % panel_depth], square[j]);
+            }
+        }
+    }
+}
+
+// The rows of a last group that a tile of four columns reads and nobody stored are zero; so are their scales.
+void clear_rows(PanelBlock &block, int num_rows) {
+    for (int row = num_rows; row % 4 != 0; ++row) {
+        memset(block.values[row], 0, sizeof(block.values[row]));
+        block.scales[row] = 0;
+    }
+}
+
+void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t block, PanelBlock &to) {
+    for (int i = 0; i < num_rows; ++i) {
+        const int64_t row = first_row + i, depth = block * panel_depth;
+        to.scales[i] = !s.keeps_scales ? 1.0f : s.columns ? scale_at(s, depth, row) : scale_at(s, row, depth);
+    }
+}
+
+// Panel rows are the matrix rows [first, first + num_rows), one block of the contraction.
+template <class Type, bool multiply_scales>
+void pack_row_block(const PanelSource &s, int64_t first, int num_rows, int64_t block, PanelBlock &to) {
+    const int length = smaller(s.length - block * panel_depth, panel_depth);
+    for (int i = 0; i < num_rows; ++i)
+        pack_row<Type, multiply_scales>(s, first + i, block * panel_depth, length, to.values[i]);
+}
+
+struct Packing {
+    void (*row_block)(const PanelSource &, int64_t first, int num_rows, int64_t block, PanelBlock &to);
+    void (*columns)(const PanelSource &, int64_t first, int64_t num_rows, int64_t blocks, PanelBlock *panel);
+};
+
+template <class Type, bool multiply_scales>
+constexpr Packing packing = {pack_row_block<Type, multiply_scales>, pack_columns<Type, multiply_scales>};
+
+Packing packing_of(const PanelSource &s) {
+    const bool multiply_scales = s.scales && !s.keeps_scales;
+    switch (s.type) {
+    case ElementType::float32:
+        return packing<Float32, false>;
+    case ElementType::bfloat16:
+        return packing<Bfloat16, false>;
+    case ElementType::e4m3:
+        return multiply_scales ? packing<Fp8<E4m3>, true> : packing<Fp8<E4m3>, false>;
+    default:
+        return multiply_scales ? packing<Fp8<E5m2>, true> : packing<Fp8<E5m2>, false>;
+    }
+}
+
+// One group of matrix rows, one block of the contraction.
+void pack_block(const PanelSource &s, const Packing &of, int64_t first, int num_rows, int64_t block, PanelBlock &to) {
+    of.row_block(s, first, num_rows, block, to);
+    pack_scales(s, first, num_rows, block, to);
+    clear_rows(to, num_rows);
+}
+
+void pack(const PanelSource &s, int64_t first, int64_t num_rows, PanelBlock *panel) {
+    const Packing of = packing_of(s);
+    const int64_t blocks = (s.length + panel_depth - 1) / panel_depth;
+    if (s.columns)
+        of.columns(s, first, num_rows, blocks, panel);
+    for (int64_t row = 0; row < num_rows; row += panel_rows, panel += blocks) {
+        const int in_group = smaller(num_rows - row, panel_rows);
+        for (int64_t block = 0; block < blocks; ++block)
+            if (s.columns) {
+                pack_scales(s, first + row, in_group, block, panel[block]);
+                clear_rows(panel[block], in_group);
+            } else
+                pack_block(s, of, first + row, in_group, block, panel[block]);
+    }
+}
+
+} // namespace
+} // namespace pyroute::cpu::PYROUTE_ISA
