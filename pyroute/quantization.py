@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +31,28 @@ def _row_block_starts(expert_offsets: Array, block_rows: int) -> Array:
     starts = xp.zeros(expert_offsets.shape, xp.int64)
     starts[1:] = xp.cumsum(-(-xp.diff(expert_offsets) // block_rows))
     return starts
+
+
+def _scales_shape(shape: tuple[int, ...], block: tuple[int, int], expert_offsets: Array | None) -> tuple[int, ...]:
+    *lead, rows, cols = shape
+    row_blocks = -(-rows // block[0])
+    if expert_offsets is not None:
+        row_blocks = int(_row_block_starts(expert_offsets, block[0])[-1])
+    return (*lead, row_blocks, -(-cols // block[1]))
+
+
+def _segments(expert_offsets: Array | None, block_rows: int) -> tuple[Array, Array] | None:
+    return None if expert_offsets is None else (expert_offsets, _row_block_starts(expert_offsets, block_rows))
+
+
+def _within(block: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int]:
+    """The same blocks with extents that the shape bounds."""
+    return min(block[0], max(shape[-2], 1)), min(block[1], max(shape[-1], 1))
+
+
+def _matrices(x: Array) -> Array:
+    """A stack [..., rows, cols] as [num_matrices, rows, cols]."""
+    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,16 +106,12 @@ class Fp8Array:
         _check.dtype("Fp8Array", "scales", scales, ("float32", *_EXACT_IN_FLOAT32))
         object.__setattr__(self, "scales", scales.astype("float32", copy=False))
 
-        *lead, rows, cols = codes.shape
-        row_blocks = -(-rows // self.block[0])
         if self.expert_offsets is not None:
-            if lead:
+            if codes.ndim != 2:
                 raise _check.value_error("Fp8Array", "codes", "of two axes with expert_offsets", list(codes.shape))
             offsets = _backend.as_array("Fp8Array", "expert_offsets", self.expert_offsets)
-            offsets = _check.expert_offsets("Fp8Array", offsets, rows)
-            object.__setattr__(self, "expert_offsets", offsets)
-            row_blocks = int(_row_block_starts(offsets, self.block[0])[-1])
-        expected = (*lead, row_blocks, -(-cols // self.block[1]))
+            object.__setattr__(self, "expert_offsets", _check.expert_offsets("Fp8Array", offsets, codes.shape[0]))
+        expected = _scales_shape(codes.shape, self.block, self.expert_offsets)
         if scales.shape != expected:
             where = f"of shape {list(expected)} for codes {list(codes.shape)} in blocks of {self.block}"
             raise _check.value_error("Fp8Array", "scales", where, list(scales.shape))
@@ -191,19 +210,24 @@ def quantize_fp8(
     block = _block("quantize_fp8", block)
     _check.one_of("quantize_fp8", "format", format, tuple(_array.FORMATS))
     _check.one_of("quantize_fp8", "scale_format", scale_format, ("float32", "ue8m0"))
-    segments = None
     if expert_offsets is not None:
         if x.ndim != 2:
             raise _check.value_error("quantize_fp8", "x", "of two axes with expert_offsets", list(x.shape))
         expert_offsets = _backend.as_array("quantize_fp8", "expert_offsets", expert_offsets)
         expert_offsets = _check.expert_offsets("quantize_fp8", expert_offsets, x.shape[0])
-        segments = (expert_offsets, _row_block_starts(expert_offsets, block[0]))
     power_of_two = scale_format == "ue8m0"
+    cut = _within(block, x.shape)
 
     match _backend.choose("quantize_fp8", backend, x, expert_offsets):
+        case "cpu":
+            codes = np.empty(x.shape, np.uint8)
+            scales = np.empty(_scales_shape(x.shape, block, expert_offsets), np.float32)
+            _backend.core.quantize_fp8(
+                _matrices(x), cut, format, power_of_two, expert_offsets, _matrices(codes), _matrices(scales)
+            )
         case _:
-            xp = _backend.array_module(x)
-            codes, scales = _array.quantize(xp, x, block, format, power_of_two, segments)
+            segments = _segments(expert_offsets, cut[0])
+            codes, scales = _array.quantize(_backend.array_module(x), x, cut, format, power_of_two, segments)
     return Fp8Array(codes, scales, block, format, expert_offsets)
 
 
@@ -223,8 +247,15 @@ def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None =
     if not isinstance(q, Fp8Array):
         raise _check.type_error("dequantize_fp8", "q", "an Fp8Array", _check.describe(q))
     target = _backend.float_dtype("dequantize_fp8", "dtype", dtype, INPUT_TYPES)
-    segments = None if q.expert_offsets is None else (q.expert_offsets, q.row_block_starts)
-    match _backend.choose("dequantize_fp8", backend, q.codes):
+    codes, cut = q.codes.view(np.uint8), _within(q.block, q.shape)
+    match _backend.choose("dequantize_fp8", backend, codes):
+        case "cpu":
+            out = np.empty(q.shape, target)
+            _backend.core.dequantize_fp8(
+                _matrices(codes), _matrices(q.scales), cut, q.format, q.expert_offsets, _matrices(out)
+            )
+            return out
         case _:
-            xp = _backend.array_module(q.codes)
-            return _array.dequantize(xp, q.codes.view(np.uint8), q.scales, q.block, q.format, segments, target)
+            segments = _segments(q.expert_offsets, cut[0])
+            xp = _backend.array_module(codes)
+            return _array.dequantize(xp, codes, q.scales, cut, q.format, segments, target)

@@ -11,9 +11,26 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include "float_type.h"
+
 namespace pyroute {
 
 namespace py = pybind11;
+
+// The float type of an array. bfloat16 comes as ml_dtypes' extension type, which NumPy sees as two bytes of kind V.
+inline FloatType float_type(const py::array &array, const char *name) {
+    const char kind = array.dtype().kind();
+    const auto size = array.itemsize();
+    if (kind == 'f' && size == 4)
+        return FloatType::float32;
+    if (kind == 'f' && size == 8)
+        return FloatType::float64;
+    if (kind == 'f' && size == 2)
+        return FloatType::float16;
+    if (kind == 'V' && size == 2)
+        return FloatType::bfloat16;
+    throw std::invalid_argument(std::string("_core: ") + name + " must be float32, bfloat16, float16 or float64");
+}
 
 namespace detail {
 inline void check_array(const py::array &array, const char *name, size_t item_size, size_t alignment,
@@ -34,6 +51,11 @@ inline void check_array(const py::array &array, const char *name, size_t item_si
                                     ") with items of " + std::to_string(item_size) + " bytes");
     }
 }
+
+inline void check_writeable(const py::array &array, const char *name) {
+    if (!array.writeable())
+        throw std::invalid_argument(std::string("_core: ") + name + " must be writeable");
+}
 } // namespace detail
 
 // T* of an array that must have exactly this shape.
@@ -44,22 +66,49 @@ template <class T> const T *input(const py::array &array, const char *name, std:
 
 template <class T> T *output(py::array &array, const char *name, std::initializer_list<int64_t> shape) {
     detail::check_array(array, name, sizeof(T), alignof(T), shape);
-    if (!array.writeable())
-        throw std::invalid_argument(std::string("_core: ") + name + " must be writeable");
+    detail::check_writeable(array, name);
     return static_cast<T *>(array.mutable_data());
+}
+
+// The same without a C++ type: of the array's own item size, aligned to `alignment` bytes.
+inline const void *bytes_input(const py::array &array, const char *name, size_t alignment,
+                               std::initializer_list<int64_t> shape) {
+    detail::check_array(array, name, static_cast<size_t>(array.itemsize()), alignment, shape);
+    return array.data();
+}
+
+inline void *bytes_output(py::array &array, const char *name, size_t alignment, std::initializer_list<int64_t> shape) {
+    detail::check_array(array, name, static_cast<size_t>(array.itemsize()), alignment, shape);
+    detail::check_writeable(array, name);
+    return array.mutable_data();
+}
+
+// A float array of any FloatType.
+inline const void *float_input(const py::array &array, const char *name, std::initializer_list<int64_t> shape) {
+    return bytes_input(array, name, static_cast<size_t>(array.itemsize()), shape);
+}
+
+inline void *float_output(py::array &array, const char *name, std::initializer_list<int64_t> shape) {
+    return bytes_output(array, name, static_cast<size_t>(array.itemsize()), shape);
+}
+
+inline py::array array_of(const py::object &object, const char *name) {
+    if (!py::isinstance<py::array>(object))
+        throw py::type_error(std::string("_core: ") + name + " must be an array");
+    return py::reinterpret_borrow<py::array>(object);
 }
 
 // The same for optional arguments: None is a null pointer.
 template <class T>
 const T *optional_input(const py::object &object, const char *name, std::initializer_list<int64_t> shape) {
-    return object.is_none() ? nullptr : input<T>(py::reinterpret_borrow<py::array>(object), name, shape);
+    return object.is_none() ? nullptr : input<T>(array_of(object, name), name, shape);
 }
 
 template <class T>
 T *optional_output(const py::object &object, const char *name, std::initializer_list<int64_t> shape) {
     if (object.is_none())
         return nullptr;
-    auto array = py::reinterpret_borrow<py::array>(object);
+    auto array = array_of(object, name);
     return output<T>(array, name, shape);
 }
 

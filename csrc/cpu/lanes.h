@@ -66,7 +66,9 @@ template <class To, class From> PYROUTE_INLINE To bit_cast(const From &from) {
     return to;
 }
 
-template <class V> PYROUTE_INLINE V broadcast(typename Lane<V>::Scalar value) { return V{} + value; }
+template <class V> PYROUTE_INLINE V broadcast(typename Lane<V>::Scalar value) {
+    return value - V{}; // x - 0 is x, which x + 0 is not for -0
+}
 
 // memcpy is the one unaligned access that neither aliasing rules nor UBSan object to; it becomes a single load.
 template <class V, class T> PYROUTE_INLINE V load(const T *from) {
