@@ -1,5 +1,8 @@
 """What the MoE layer promises besides its values: independence of the batch, exact zeros, untouched inputs, errors."""
 
+import runpy
+from pathlib import Path
+
 import numpy as np
 import pytest
 from conftest import assert_same_bytes
@@ -313,9 +316,20 @@ def test_wrong_arguments_of_backward():
     _, saved = call(return_saved=True)
     with pytest.raises(TypeError, match="moe_backward: saved must be a MoeSaved, got None"):
         pyroute.moe_backward(np.zeros((4, 8), F32), None)
-    with pytest.raises(
-        ValueError, match=r"grad_y must be of shape \[num_tokens=4, hidden=8\], got \[4, 7\]"
-    ):
+    with pytest.raises(ValueError, match=r"grad_y must be of shape \[num_tokens=4, hidden=8\], got \[4, 7\]"):
         pyroute.moe_backward(np.zeros((4, 7), F32), saved)
     with pytest.raises(TypeError, match="moe_backward: grad_y must be float32, got bfloat16"):
         pyroute.moe_backward(np.zeros((4, 8), BF16), saved)
+
+
+EXAMPLE = Path(__file__).resolve().parent.parent / "examples/moe_layer.py"
+
+
+@pytest.mark.skipif(not EXAMPLE.is_file(), reason="needs the source tree")
+def test_the_example_takes_a_step_downhill(capsys):
+    names = runpy.run_path(str(EXAMPLE))
+    assert "loss" in capsys.readouterr().out
+    step = names["x"] - 1e-3 * names["grad_x"]
+    gating = pyroute.topk_gating(step @ names["w_router"].T, names["config"])
+    y = pyroute.moe_forward(step, gating.topk_idx, gating.topk_weights, names["w_gate_up"], names["w_down"])
+    assert (y**2).sum() < (names["y"] ** 2).sum()
