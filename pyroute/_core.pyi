@@ -70,5 +70,15 @@ def grouped_gemm_wgrad(
     expert_offsets: _Array,
     out: _Array,
     accumulate: bool,
+def topk_gating(
+    router: tuple[Any, ...], logits: Any, type: str, bias: Any, given_idx: Any, token_mask: Any,
+    topk_idx: Any, topk_weights: Any, tokens_per_expert: Any,
+) -> None: ...  # fmt: skip
+def topk_gating_backward(
+    router: tuple[Any, ...], grad_weights: Any, logits: Any, type: str, topk_idx: Any, token_mask: Any,
+    fractions: Any, scales: Any, sequence: Any, z_scale: float, grad_logits: Any,
+) -> None: ...  # fmt: skip
+def gating_loss_terms(
+    score: str, logits: Any, type: str, fractions: Any, scales: Any, sequence: Any, terms: Any
 ) -> None: ...
 def __getattr__(name: str) -> Any: ...

@@ -25,6 +25,15 @@ def router(function: str, config: Any) -> RouterConfig:
     return config
 
 
+def core_router(config: RouterConfig) -> tuple[Any, ...]:
+    """The rule as the extension reads it."""
+    return (
+        config.num_experts, config.top_k, config.num_groups, config.topk_groups,
+        config.group_topn if config.num_groups > 1 else 1, config.score, config.score_stage == "post",
+        config.renormalize or "none", config.renormalize_eps, config.scaling_factor,
+    )  # fmt: skip
+
+
 def logits_array(function: str, logits: Any, num_experts: int | None) -> Array:
     z = _backend.as_array(function, "logits", logits)
     _check.array(function, "logits", z, LOGITS, (("num_tokens", None), ("num_experts", num_experts)))

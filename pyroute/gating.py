@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from . import _backend, _check
 from . import _gating_contract as contract
 from ._array import gating as array_gating
@@ -85,6 +87,13 @@ def topk_gating(
     mask = contract.mask_array(function, token_mask, z.shape[0])
     ids = None if topk_idx is None else contract.expert_ids(function, "topk_idx", topk_idx, z.shape[0], router)
     match _backend.choose(function, backend, z, b, ids, mask):
+        case "cpu":
+            shape = (z.shape[0], router.top_k)
+            idx, weights = np.empty(shape, np.int32), np.empty(shape, contract.weight_dtype(z))
+            counts = np.empty(router.num_experts, np.int32)
+            fields = contract.core_router(router)
+            _backend.core.topk_gating(fields, z, z.dtype.name, b, ids, mask, idx, weights, counts)
+            return Gating(idx, weights, counts)
         case _:
             xp = _backend.array_module(z)
             return Gating(*array_gating.topk_gating(xp, z, router, b, ids, mask))
@@ -162,5 +171,13 @@ def topk_gating_backward(
     num_real = z.shape[0] if mask is None else int(mask.sum())
     z_scale = 2.0 * z_coef / max(1, num_real)
     match chosen:
+        case "cpu":
+            out = np.empty(z.shape, grad.dtype)
+            fractions, _, scales, of_token = balance or (None, None, None, None)
+            fields = contract.core_router(router)
+            _backend.core.topk_gating_backward(
+                fields, grad, z, z.dtype.name, ids, mask, fractions, scales, of_token, z_scale, out
+            )
+            return out
         case _:
             return array_backward.topk_gating_backward(xp, grad, z, ids, router, mask, balance, z_scale)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from . import _backend, _check
 from . import _gating_contract as contract
 from ._array import gating_losses as array_losses
@@ -73,6 +75,10 @@ def balance_loss(
         global_counts=reduced,
     )  # fmt: skip
     match chosen:
+        case "cpu":
+            terms = np.empty(z.shape[0])
+            parts = balance.fractions, balance.scales, balance.sequence
+            _backend.core.gating_loss_terms(router.score, z, z.dtype.name, *parts, terms)
         case _:
             terms = array_losses.balance_loss_terms(xp, z, router, balance)
     return array_losses.sum_tokens(xp, terms * balance.weights[balance.sequence], mask)
@@ -108,6 +114,9 @@ def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -
     chosen = _backend.choose("z_loss", backend, z, mask)
     xp = _backend.array_module(z)
     match chosen:
+        case "cpu":
+            terms = np.empty(z.shape[0])
+            _backend.core.gating_loss_terms("softmax", z, z.dtype.name, None, None, None, terms)
         case _:
             terms = array_losses.z_loss_terms(xp, z)
     num_real = z.shape[0] if mask is None else int(mask.sum())

@@ -438,7 +438,7 @@ def test_the_bias_rule_compares_exactly(floor):
 
 def test_the_bias_rule_balances_a_skewed_router(rng):
     config = RouterConfig(16, 2, "sigmoid")
-    logits = (rng.normal(size=(2000, 16)) + np.linspace(-1, 1, 16)).astype(np.float32)
+    logits = (rng.normal(size=(600, 16)) + np.linspace(-1, 1, 16)).astype(np.float32)
     bias = np.zeros(16, np.float32)
     for _ in range(300):
         bias = update_bias(bias, topk_gating(logits, config, bias=bias).tokens_per_expert, rate=2e-3)

@@ -1,6 +1,163 @@
 #include "bindings/arrays.h"
 
+#include "cpu/gating.h"
+
 namespace pyroute {
+
 void bind_gating(py::module_ &module);
-void bind_gating(py::module_ &) {}
+
+namespace {
+
+[[noreturn]] void refuse(const char *what) { throw std::invalid_argument(std::string("_core: ") + what); }
+
+Score score_of(const std::string &name) {
+    if (name == "softmax")
+        return Score::softmax;
+    if (name == "sigmoid")
+        return Score::sigmoid;
+    if (name == "sqrtsoftplus")
+        return Score::sqrtsoftplus;
+    refuse("score must be softmax, sigmoid or sqrtsoftplus");
+}
+
+Renormalize renormalize_of(const std::string &name) {
+    if (name == "none")
+        return Renormalize::none;
+    if (name == "sum")
+        return Renormalize::sum;
+    if (name == "clamp")
+        return Renormalize::clamp;
+    refuse("renormalize must be none, sum or clamp");
+}
+
+// From the tuple that pyroute._gating_contract.core_router makes; kernels rely on what is checked here.
+Router router_of(const py::tuple &fields) {
+    if (fields.size() != 10)
+        refuse("router must have 10 fields");
+    Router r;
+    r.num_experts = fields[0].cast<int64_t>();
+    r.top_k = fields[1].cast<int64_t>();
+    r.num_groups = fields[2].cast<int64_t>();
+    r.topk_groups = fields[3].cast<int64_t>();
+    r.group_topn = fields[4].cast<int64_t>();
+    r.score = score_of(fields[5].cast<std::string>());
+    r.post = fields[6].cast<bool>();
+    r.renormalize = renormalize_of(fields[7].cast<std::string>());
+    r.renormalize_eps = fields[8].cast<double>();
+    r.scaling_factor = fields[9].cast<double>();
+    const bool counts = r.num_experts >= 1 && r.num_experts <= INT32_MAX && r.top_k >= 1 && r.top_k <= r.num_experts &&
+                        r.num_groups >= 1 && r.topk_groups >= 1 && r.topk_groups <= r.num_groups &&
+                        r.num_experts % r.num_groups == 0;
+    if (!counts)
+        refuse("router has impossible sizes");
+    const int64_t size = r.num_experts / r.num_groups;
+    if (r.topk_groups * size < r.top_k || r.group_topn < 1 || r.group_topn > size)
+        refuse("router has groups that are too small");
+    return r;
+}
+
+// `logits` [T, E] of the named type.
+Logits logits_of(const py::array &logits, const std::string &type) {
+    if (logits.ndim() != 2 || logits.shape(1) < 1)
+        refuse("logits must have two dimensions and at least one expert");
+    const int64_t tokens = logits.shape(0), experts = logits.shape(1);
+    if (type == "float32")
+        return {input<float>(logits, "logits", {tokens, experts}), FloatType::float32, tokens, experts};
+    if (type == "float64")
+        return {input<double>(logits, "logits", {tokens, experts}), FloatType::float64, tokens, experts};
+    if (type != "bfloat16" && type != "float16")
+        refuse("logits must be float32, float64, bfloat16 or float16");
+    const FloatType float_type = type == "bfloat16" ? FloatType::bfloat16 : FloatType::float16;
+    return {input<uint16_t>(logits, "logits", {tokens, experts}), float_type, tokens, experts};
+}
+
+Logits router_logits(const py::array &array, const std::string &type, const Router &router) {
+    const Logits logits = logits_of(array, type);
+    if (logits.num_experts != router.num_experts)
+        refuse("logits must have the router's number of experts");
+    return logits;
+}
+
+// Arrays in the type of the scores: double for float64 logits, float otherwise.
+const void *scalar_input(const py::object &object, const char *name, const Logits &logits,
+                         std::initializer_list<int64_t> shape) {
+    if (logits.type == FloatType::float64)
+        return optional_input<double>(object, name, shape);
+    return optional_input<float>(object, name, shape);
+}
+
+void *scalar_output(py::array &array, const char *name, const Logits &logits, std::initializer_list<int64_t> shape) {
+    if (logits.type == FloatType::float64)
+        return output<double>(array, name, shape);
+    return output<float>(array, name, shape);
+}
+
+BalanceTerms balance_of(const py::object &fractions, const py::object &scales, const py::object &sequence,
+                        const Logits &logits) {
+    if (fractions.is_none())
+        return {nullptr, nullptr, nullptr, 0};
+    const auto array = py::reinterpret_borrow<py::array>(fractions);
+    const int64_t sequences = array.ndim() == 2 ? array.shape(0) : 0;
+    if (sequences < 1)
+        refuse("fractions must have at least one row");
+    return {scalar_input(fractions, "fractions", logits, {sequences, logits.num_experts}),
+            scalar_input(scales, "scales", logits, {sequences}),
+            input<int32_t>(py::reinterpret_borrow<py::array>(sequence), "sequence", {logits.num_tokens}), sequences};
+}
+
+void topk_gating(const py::tuple &fields, const py::array &logits, const std::string &type, const py::object &bias,
+                 const py::object &given_idx, const py::object &token_mask, py::array topk_idx, py::array topk_weights,
+                 py::array tokens_per_expert) {
+    GatingArgs args;
+    args.router = router_of(fields);
+    args.logits = router_logits(logits, type, args.router);
+    const int64_t tokens = args.logits.num_tokens, top_k = args.router.top_k;
+    args.bias = scalar_input(bias, "bias", args.logits, {args.router.num_experts});
+    args.given_idx = optional_input<int32_t>(given_idx, "given_idx", {tokens, top_k});
+    args.token_mask = optional_input<uint8_t>(token_mask, "token_mask", {tokens});
+    args.topk_idx = output<int32_t>(topk_idx, "topk_idx", {tokens, top_k});
+    args.topk_weights = scalar_output(topk_weights, "topk_weights", args.logits, {tokens, top_k});
+    args.tokens_per_expert = output<int32_t>(tokens_per_expert, "tokens_per_expert", {args.router.num_experts});
+    py::gil_scoped_release release;
+    cpu::topk_gating(args);
+}
+
+void topk_gating_backward(const py::tuple &fields, const py::array &grad_weights, const py::array &logits,
+                          const std::string &type, const py::array &topk_idx, const py::object &token_mask,
+                          const py::object &fractions, const py::object &scales, const py::object &sequence,
+                          double z_scale, py::array grad_logits) {
+    GatingBackwardArgs args;
+    args.router = router_of(fields);
+    args.logits = router_logits(logits, type, args.router);
+    const int64_t tokens = args.logits.num_tokens, top_k = args.router.top_k;
+    args.grad_weights = scalar_input(grad_weights, "grad_weights", args.logits, {tokens, top_k});
+    args.topk_idx = input<int32_t>(topk_idx, "topk_idx", {tokens, top_k});
+    args.token_mask = optional_input<uint8_t>(token_mask, "token_mask", {tokens});
+    args.balance = balance_of(fractions, scales, sequence, args.logits);
+    args.z_scale = z_scale;
+    args.grad_logits = scalar_output(grad_logits, "grad_logits", args.logits, {tokens, args.router.num_experts});
+    py::gil_scoped_release release;
+    cpu::topk_gating_backward(args);
+}
+
+void gating_loss_terms(const std::string &score, const py::array &logits, const std::string &type,
+                       const py::object &fractions, const py::object &scales, const py::object &sequence,
+                       py::array terms) {
+    LossTermsArgs args;
+    args.score = score_of(score);
+    args.logits = logits_of(logits, type);
+    args.balance = balance_of(fractions, scales, sequence, args.logits);
+    args.terms = output<double>(terms, "terms", {args.logits.num_tokens});
+    py::gil_scoped_release release;
+    cpu::gating_loss_terms(args);
+}
+
+} // namespace
+
+void bind_gating(py::module_ &module) {
+    module.def("topk_gating", &topk_gating);
+    module.def("topk_gating_backward", &topk_gating_backward);
+    module.def("gating_loss_terms", &gating_loss_terms);
+}
+
 } // namespace pyroute
