@@ -70,15 +70,38 @@ def grouped_gemm_wgrad(
     expert_offsets: _Array,
     out: _Array,
     accumulate: bool,
+) -> None: ...
 def topk_gating(
-    router: tuple[Any, ...], logits: Any, type: str, bias: Any, given_idx: Any, token_mask: Any,
-    topk_idx: Any, topk_weights: Any, tokens_per_expert: Any,
-) -> None: ...  # fmt: skip
+    router: tuple[Any, ...],
+    logits: _Array,
+    type: str,
+    bias: _Array | None,
+    given_idx: _Array | None,
+    token_mask: _Array | None,
+    topk_idx: _Array,
+    topk_weights: _Array,
+    tokens_per_expert: _Array,
+) -> None: ...
 def topk_gating_backward(
-    router: tuple[Any, ...], grad_weights: Any, logits: Any, type: str, topk_idx: Any, token_mask: Any,
-    fractions: Any, scales: Any, sequence: Any, z_scale: float, grad_logits: Any,
-) -> None: ...  # fmt: skip
+    router: tuple[Any, ...],
+    grad_weights: _Array,
+    logits: _Array,
+    type: str,
+    topk_idx: _Array,
+    token_mask: _Array | None,
+    fractions: _Array | None,
+    scales: _Array | None,
+    sequence: _Array | None,
+    z_scale: float,
+    grad_logits: _Array,
+) -> None: ...
 def gating_loss_terms(
-    score: str, logits: Any, type: str, fractions: Any, scales: Any, sequence: Any, terms: Any
+    score: str,
+    logits: _Array,
+    type: str,
+    fractions: _Array | None,
+    scales: _Array | None,
+    sequence: _Array | None,
+    terms: _Array,
 ) -> None: ...
 def __getattr__(name: str) -> Any: ...
