@@ -10,6 +10,29 @@ def set_isa(name: str) -> None: ...
 def num_threads() -> int: ...
 def set_num_threads(n: int) -> None: ...
 def threads_available() -> bool: ...
+def plan_routes(topk_idx: _Array, num_experts: int, alignment: int) -> tuple[_Array, _Array, _Array, _Array]: ...
+def permute(x: _Array, row_to_token: _Array, token_to_row: _Array, rows: _Array) -> None: ...
+def permute_quantize(
+    x: _Array,
+    row_to_token: _Array,
+    token_to_row: _Array,
+    block_cols: int,
+    power_of_two: bool,
+    codes: _Array,
+    scales: _Array,
+) -> None: ...
+def unpermute(
+    rows: _Array, row_to_token: _Array, token_to_row: _Array, topk_weights: _Array | None, out: _Array
+) -> None: ...
+def unpermute_backward(
+    grad_y: _Array,
+    rows: _Array,
+    row_to_token: _Array,
+    token_to_row: _Array,
+    topk_weights: _Array,
+    grad_rows: _Array,
+    grad_topk_weights: _Array,
+) -> None: ...
 def quantize_fp8(
     x: _Array,
     block: tuple[int, int],

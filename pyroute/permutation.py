@@ -56,14 +56,27 @@ def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend:
 
     try:
         match _backend.choose("plan_routes", backend, ids):
+            case "cpu":
+                parts = _backend.core.plan_routes(_signed(ids, num_experts), num_experts, alignment)
             case _:
                 xp = _backend.array_module(ids)
                 _check_ids(ids, num_experts)
                 # int64 holds every id that passed, whatever the type they came in
                 parts = _array.plan_routes(xp, ids.astype(xp.int64), num_experts, alignment)
+    except IndexError:
+        _check_ids(ids, num_experts)  # finds the bad id and raises
+        raise
     except OverflowError as error:
         raise _check.value_error("plan_routes", "alignment", f"small enough for {MAX_ROWS} rows", error) from None
     return RoutePlan(*parts, alignment)
+
+
+def _signed(ids: Array, num_experts: int) -> Array:
+    """int32 or int64 ids as they are, to be checked while they are counted; others checked and then widened."""
+    if ids.dtype.name in ("int32", "int64"):
+        return ids
+    _check_ids(ids, num_experts)
+    return ids.astype("int32")
 
 
 def _check_ids(ids: Array, num_experts: int) -> None:
@@ -111,6 +124,11 @@ def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | 
     if out is not None:
         _check.output(function, "out", out, x.dtype.name, shape, x)
     match _backend.choose(function, backend, x, plan.row_to_token, out):
+        case "cpu":
+            if out is None:
+                out = np.empty((plan.num_rows, x.shape[1]), x.dtype)
+            _backend.core.permute(x, plan.row_to_token, plan.token_to_row, out)
+            return out
         case _:
             return _deliver(_array.permute(_backend.array_module(x), x, plan.row_to_token), out)
 
@@ -149,6 +167,13 @@ def permute_quantize(
     _check.array("permute_quantize", "x", x, FLOATS, (("num_tokens", plan.num_tokens), ("hidden", None)))
     _check.one_of("permute_quantize", "scale_format", scale_format, ("float32", "ue8m0"))
     match _backend.choose("permute_quantize", backend, x, plan.row_to_token):
+        case "cpu":
+            codes = np.empty((plan.num_rows, x.shape[1]), np.uint8)
+            scales = np.empty((plan.num_rows, -(-x.shape[1] // 128)), np.float32)
+            _backend.core.permute_quantize(
+                x, plan.row_to_token, plan.token_to_row, 128, scale_format == "ue8m0", codes, scales
+            )
+            return Fp8Array(codes, scales)
         case chosen:
             # a row's codes do not depend on the other rows, so quantising before moving gives the same bytes
             return _permute_fp8(quantize_fp8(x, scale_format=scale_format, backend=chosen), plan, None, chosen)
@@ -209,6 +234,14 @@ def _unpermute(
         shape = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
         _check.output(function, "out", out, rows.dtype.name, shape, rows, topk_weights)
     match _backend.choose(function, backend, rows, plan.token_to_row, topk_weights, out):
+        case "cpu":
+            if out is None:
+                out = np.empty((plan.num_tokens, rows.shape[1]), rows.dtype)
+            if topk_weights is None and plan.top_k == 1:  # a move of any type: tokens are the rows of the mirrored maps
+                _backend.core.permute(rows, plan.token_to_row.reshape(-1), plan.row_to_token.reshape(-1, 1), out)
+            else:
+                _backend.core.unpermute(rows, plan.row_to_token, plan.token_to_row, topk_weights, out)
+            return out
         case _:
             xp = _backend.array_module(rows)
             return _deliver(_array.unpermute(xp, rows, plan.token_to_row, topk_weights), out)
@@ -248,6 +281,12 @@ def unpermute_backward(
     _check.array("unpermute_backward", "grad_y", grad_y, (rows.dtype.name,), shape)
     topk_weights = _weights("unpermute_backward", topk_weights, plan, rows)
     match _backend.choose("unpermute_backward", backend, grad_y, rows, plan.token_to_row, topk_weights):
+        case "cpu":
+            grad_rows, grad_weights = np.empty(rows.shape, rows.dtype), np.empty_like(topk_weights)
+            _backend.core.unpermute_backward(
+                grad_y, rows, plan.row_to_token, plan.token_to_row, topk_weights, grad_rows, grad_weights
+            )
+            return grad_rows, grad_weights
         case _:
             xp = _backend.array_module(rows)
             return _array.unpermute_backward(xp, grad_y, rows, plan.token_to_row, topk_weights)
@@ -272,7 +311,7 @@ def _weights(function: str, topk_weights: Any, plan: RoutePlan, rows: Array) -> 
     _check.array(
         function, "topk_weights", topk_weights, allowed, (("num_tokens", plan.num_tokens), ("top_k", plan.top_k))
     )
-    return topk_weights
+    return topk_weights.astype(allowed[-1], copy=False)  # float32 widens to float64 exactly
 
 
 def _deliver(result: Array, out: Any) -> Array:

@@ -9,6 +9,13 @@ namespace pyroute::cpu::PYROUTE_ISA {
 using f64x8 = double __attribute__((vector_size(64)));
 using i64x8 = int64_t __attribute__((vector_size(64)));
 
+template <> struct Lane<f64x8> {
+    using Scalar = double;
+    using Int = i64x8;
+    using Uint = uint64_t __attribute__((vector_size(64)));
+    static constexpr int width = 8;
+};
+
 struct Float32 {
     using Storage = float;
     using Wide = f32x8;

@@ -1,1 +1,111 @@
-#include "cpu/isa.h"
+#include "cpu/permutation.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "cpu/quantization.h"
+#include "cpu/threads.h"
+
+namespace pyroute::cpu {
+
+namespace {
+
+constexpr int64_t bytes_per_share = 128 << 10; // about 20 us of moving for one thread
+
+// Items (tokens, rows) that make a share worth a thread, each moving `bytes`.
+int64_t grain(int64_t bytes) { return bytes_per_share / std::max<int64_t>(1, bytes); }
+
+// True if any entry is -1. Entries are checked so that a plan made by hand cannot read or write outside the arrays.
+bool checked_map(const int32_t *map, int64_t count, int64_t limit) {
+    int32_t least = 0, most = -1;
+    for (int64_t i = 0; i < count; ++i) {
+        least = std::min(least, map[i]);
+        most = std::max(most, map[i]);
+    }
+    if (least < -1 || most >= limit)
+        throw std::out_of_range("_core: a route map has an entry that is not a row or token of its arrays");
+    return least < 0;
+}
+
+void check_slots(const RouteMaps &maps) { checked_map(maps.token_to_row, maps.num_tokens * maps.top_k, maps.num_rows); }
+
+// body(row) for every padding row.
+template <class Body> void for_each_padding_row(const RouteMaps &maps, int64_t row_bytes, const Body &body) {
+    if (!checked_map(maps.row_to_token, maps.num_rows, maps.num_tokens))
+        return;
+    parallel_ranges(maps.num_rows, grain(row_bytes), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row)
+            if (maps.row_to_token[row] < 0)
+                body(row);
+    });
+}
+
+void zero_padding(const RouteMaps &maps, void *rows, int64_t row_bytes) {
+    for_each_padding_row(maps, row_bytes, [&](int64_t row) {
+        std::memset(static_cast<uint8_t *>(rows) + row * row_bytes, 0, static_cast<size_t>(row_bytes));
+    });
+}
+
+} // namespace
+
+void permute(const PermuteArgs &args) {
+    check_slots(args.maps);
+    zero_padding(args.maps, args.rows, args.row_bytes);
+    parallel_ranges(args.maps.num_tokens, grain(args.row_bytes * (args.maps.top_k + 1)),
+                    [&](int64_t begin, int64_t end) { current_permutation_kernels().permute(args, begin, end); });
+}
+
+// A token is quantised once, into the first of its rows, and copied from there while it is in cache.
+void permute_quantize(const PermuteQuantizeArgs &args) {
+    check_slots(args.maps);
+    const int64_t hidden = args.hidden, size = item_size(args.x_type);
+    const int64_t row_scales = (hidden + args.block_cols - 1) / args.block_cols;
+    for_each_padding_row(args.maps, hidden, [&](int64_t row) {
+        std::memset(args.codes + row * hidden, 0, static_cast<size_t>(hidden));
+        std::fill_n(args.scales + row * row_scales, row_scales, 1.0f);
+    });
+    const auto quantize =
+        current_quantization_kernels().quantize[static_cast<int>(args.x_type)][static_cast<int>(Fp8Format::e4m3)];
+    const auto *x = static_cast<const uint8_t *>(args.x);
+    const int64_t token_bytes = hidden * (size + args.maps.top_k);
+    parallel_ranges(args.maps.num_tokens, grain(token_bytes), [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            int64_t first = -1;
+            for (int64_t slot = token * args.maps.top_k; slot < (token + 1) * args.maps.top_k; ++slot) {
+                const int64_t row = args.maps.token_to_row[slot];
+                if (row < 0)
+                    continue;
+                uint8_t *codes = args.codes + row * hidden;
+                float *scales = args.scales + row * row_scales;
+                if (first < 0) {
+                    first = row;
+                    quantize({x + token * hidden * size, 1, hidden, args.block_cols, args.power_of_two, codes, scales});
+                } else {
+                    std::memcpy(codes, args.codes + first * hidden, static_cast<size_t>(hidden));
+                    std::memcpy(scales, args.scales + first * row_scales,
+                                static_cast<size_t>(row_scales) * sizeof(float));
+                }
+            }
+        }
+    });
+}
+
+void unpermute(const UnpermuteArgs &args) {
+    check_slots(args.maps);
+    const auto kernel = current_permutation_kernels().unpermute[static_cast<int>(args.type)];
+    const int64_t token_bytes = args.hidden * item_size(args.type) * (args.maps.top_k + 1);
+    parallel_ranges(args.maps.num_tokens, grain(token_bytes),
+                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+void unpermute_backward(const UnpermuteBackwardArgs &args) {
+    check_slots(args.maps);
+    const int64_t row_bytes = args.hidden * item_size(args.type);
+    zero_padding(args.maps, args.grad_rows, row_bytes);
+    const auto kernel = current_permutation_kernels().unpermute_backward[static_cast<int>(args.type)];
+    parallel_ranges(args.maps.num_tokens, grain(row_bytes * (2 * args.maps.top_k + 1)),
+                    [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+}
+
+} // namespace pyroute::cpu

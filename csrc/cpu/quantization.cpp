@@ -13,17 +13,6 @@ constexpr int64_t elements_per_share = 32768; // about 20 us of work for one thr
 
 int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
-int64_t item_size(FloatType type) {
-    switch (type) {
-    case FloatType::float32:
-        return 4;
-    case FloatType::float64:
-        return 8;
-    default:
-        return 2;
-    }
-}
-
 // body(matrix, first row, rows, row of scales) for every row of blocks of every matrix, over threads.
 template <class Body> void for_each_strip(const Fp8Blocks &b, const Body &body) {
     const int64_t per_matrix = b.expert_offsets ? b.row_block_starts[b.num_segments] : ceil_div(b.rows, b.block_rows);

@@ -1,1 +1,149 @@
-#include "cpu/lanes.h"
+// Moves between tokens and rows, and the sums of the way back.
+//
+//   permute             each token is read once and copied to its rows
+//   unpermute           32 columns at a time in registers: from +0, slots in order, a product and a sum each
+//   unpermute_backward  per slot one pass over the columns: weight * grad_y to the row, and the dot product <grad_y,
+//   row>
+//                       in 32 lanes (lane l takes columns l, l + 32, ...), then the tree 16, 8, 4, 2, 1
+//
+// Products and sums are separate roundings, never fused. Memory traffic per token: permute reads 1 row and writes k,
+// unpermute reads k and writes 1, its backward reads k + 1 and writes k.
+#include "cpu/permutation.h"
+#include "cpu/elements.h"
+
+namespace pyroute::cpu::PYROUTE_ISA {
+
+namespace {
+
+constexpr int vectors = 4; // of 8 lanes: the 32 lanes of a dot product
+constexpr int64_t tile = 8 * vectors;
+
+void permute(const PermuteArgs &args, int64_t begin, int64_t end) {
+    const auto bytes = static_cast<size_t>(args.row_bytes);
+    for (int64_t token = begin; token < end; ++token) {
+        const int32_t *to_row = args.maps.token_to_row + token * args.maps.top_k;
+        for (int64_t slot = 0; slot < args.maps.top_k; ++slot)
+            if (to_row[slot] >= 0)
+                memcpy(args.rows + to_row[slot] * args.row_bytes, args.x + token * args.row_bytes, bytes);
+    }
+}
+
+// Columns [column, column + 8 * V) of one token, of which `count` exist when V is 1.
+template <class Type, int V>
+PYROUTE_INLINE void sum_columns(const UnpermuteArgs &args, const int32_t *to_row, const typename Type::Scalar *weights,
+                                int64_t column, int64_t count, typename Type::Storage *out) {
+    const auto *rows = static_cast<const typename Type::Storage *>(args.rows) + column;
+    typename Type::Wide sum[V] = {};
+    for (int64_t slot = 0; slot < args.maps.top_k; ++slot) {
+        if (to_row[slot] < 0)
+            continue;
+        const typename Type::Storage *row = rows + to_row[slot] * args.hidden;
+        const auto weight = broadcast<typename Type::Wide>(weights ? weights[slot] : 1); // 1 * x is x
+        for (int v = 0; v < V; ++v) {
+            const auto x = V == 1 && count < 8 ? load_elements<Type>(row, count) : load_elements<Type>(row + 8 * v);
+            sum[v] += weight * x;
+        }
+    }
+    for (int v = 0; v < V; ++v)
+        if (V == 1 && count < 8)
+            store_elements<Type>(out + column, canonical(sum[v]), count);
+        else
+            store_elements<Type>(out + column + 8 * v, canonical(sum[v]));
+}
+
+// The one routed slot of a token, or -1 if it has none or several.
+PYROUTE_INLINE int64_t only_row(const int32_t *to_row, int64_t top_k) {
+    int64_t routed = 0, row = -1;
+    for (int64_t slot = 0; slot < top_k; ++slot)
+        if (to_row[slot] >= 0) {
+            row = to_row[slot];
+            ++routed;
+        }
+    return routed == 1 ? row : -1;
+}
+
+template <class Type> void unpermute(const UnpermuteArgs &args, int64_t begin, int64_t end) {
+    const auto *weights = static_cast<const typename Type::Scalar *>(args.topk_weights);
+    for (int64_t token = begin; token < end; ++token) {
+        const int32_t *to_row = args.maps.token_to_row + token * args.maps.top_k;
+        auto *out = static_cast<typename Type::Storage *>(args.out) + token * args.hidden;
+        if (!weights) {
+            const int64_t row = only_row(to_row, args.maps.top_k);
+            if (row >= 0) { // bytes move as they are
+                memcpy(out, static_cast<const typename Type::Storage *>(args.rows) + row * args.hidden,
+                       static_cast<size_t>(args.hidden) * sizeof(*out));
+                continue;
+            }
+        }
+        const typename Type::Scalar *mine = weights ? weights + token * args.maps.top_k : nullptr;
+        int64_t column = 0;
+        for (; column + tile <= args.hidden; column += tile)
+            sum_columns<Type, vectors>(args, to_row, mine, column, tile, out);
+        for (; column < args.hidden; column += 8)
+            sum_columns<Type, 1>(args, to_row, mine, column, args.hidden - column, out);
+    }
+}
+
+// The tree 16, 8, 4, 2, 1 over 32 lanes.
+template <class Wide> PYROUTE_INLINE typename Lane<Wide>::Scalar tree_sum(const Wide (&lanes)[vectors]) {
+    const Wide v = (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+    const auto a = v[0] + v[4], b = v[1] + v[5], c = v[2] + v[6], d = v[3] + v[7];
+    return (a + c) + (b + d);
+}
+
+// One slot: writes weight * grad_y to its row and returns <grad_y, row>.
+template <class Type>
+PYROUTE_INLINE typename Type::Scalar backward_slot(const typename Type::Storage *grad_y,
+                                                   const typename Type::Storage *row, typename Type::Scalar weight,
+                                                   int64_t hidden, typename Type::Storage *grad_row) {
+    const auto w = broadcast<typename Type::Wide>(weight);
+    typename Type::Wide lanes[vectors] = {};
+    int64_t column = 0;
+    for (; column + tile <= hidden; column += tile)
+        for (int v = 0; v < vectors; ++v) {
+            const int64_t at = column + 8 * v;
+            const auto grad = load_elements<Type>(grad_y + at);
+            lanes[v] += grad * load_elements<Type>(row + at);
+            store_elements<Type>(grad_row + at, canonical(w * grad));
+        }
+    // The last, partial 32: missing columns add +0 to lanes that are never -0.
+    for (int v = 0; v < vectors && column < hidden; ++v, column += 8) {
+        const int64_t count = hidden - column < 8 ? hidden - column : 8;
+        const auto grad = load_elements<Type>(grad_y + column, count);
+        lanes[v] += grad * load_elements<Type>(row + column, count);
+        store_elements<Type>(grad_row + column, canonical(w * grad), count);
+    }
+    return tree_sum(lanes);
+}
+
+template <class Type> void unpermute_backward(const UnpermuteBackwardArgs &args, int64_t begin, int64_t end) {
+    using Storage = typename Type::Storage;
+    using Scalar = typename Type::Scalar;
+    const auto *rows = static_cast<const Storage *>(args.rows);
+    const auto *weights = static_cast<const Scalar *>(args.topk_weights);
+    auto *grad_rows = static_cast<Storage *>(args.grad_rows);
+    auto *grad_weights = static_cast<Scalar *>(args.grad_topk_weights);
+    for (int64_t token = begin; token < end; ++token) {
+        const Storage *grad_y = static_cast<const Storage *>(args.grad_y) + token * args.hidden;
+        for (int64_t slot = token * args.maps.top_k; slot < (token + 1) * args.maps.top_k; ++slot) {
+            const int64_t row = args.maps.token_to_row[slot];
+            if (row < 0) {
+                grad_weights[slot] = 0;
+                continue;
+            }
+            const Scalar dot = backward_slot<Type>(grad_y, rows + row * args.hidden, weights[slot], args.hidden,
+                                                   grad_rows + row * args.hidden);
+            grad_weights[slot] = canonical(broadcast<typename Type::Wide>(dot))[0];
+        }
+    }
+}
+
+} // namespace
+
+extern const PermutationKernels permutation_kernels = {
+    permute,
+    {unpermute<Float32>, unpermute<Bfloat16>, unpermute<Float16>, unpermute<Float64>},
+    {unpermute_backward<Float32>, unpermute_backward<Bfloat16>, unpermute_backward<Float16>,
+     unpermute_backward<Float64>}};
+
+} // namespace pyroute::cpu::PYROUTE_ISA
