@@ -37,10 +37,13 @@ format:
 	ruff check --fix . && ruff format .
 	git ls-files '*.cpp' '*.h' '*.cuh' '*.cu' | xargs clang-format -i
 
-# The C++ tests (tests/cpp) under the address and undefined-behaviour sanitizers.
+# The C++ tests (tests/cpp) under the address and undefined-behaviour sanitizers, the fuzz tests also under the thread
+# sanitizer, which does not understand the threads of OpenMP.
 .PHONY: sanitize
 sanitize:
-	cmake -S . -B build/sanitize -G Ninja -DPYROUTE_SANITIZE=ON -DPYROUTE_TESTS=ON \
-	  -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') --log-level=WARNING
+	cmake -S . -B build/sanitize -G Ninja -DPYROUTE_SANITIZE=address,undefined -DPYROUTE_TESTS=ON --log-level=WARNING
 	cmake --build build/sanitize --target cpp_tests
 	ctest --test-dir build/sanitize --output-on-failure
+	cmake -S . -B build/thread -G Ninja -DPYROUTE_SANITIZE=thread -DPYROUTE_OPENMP=OFF -DPYROUTE_TESTS=ON --log-level=WARNING
+	cmake --build build/thread --target cpp_tests
+	PYROUTE_FUZZ_CASES=60 ctest --test-dir build/thread --output-on-failure

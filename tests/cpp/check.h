@@ -11,30 +11,43 @@
 
 #define CHECK(condition)                                                                                               \
     do {                                                                                                               \
-        if (!(condition)) {                                                                                            \
-            std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                                       \
-            std::exit(1);                                                                                              \
-        }                                                                                                              \
+        if (!(condition))                                                                                              \
+            ::pyroute::test::fail(__FILE__, __LINE__, #condition);                                                     \
     } while (0)
 
 namespace pyroute::test {
 
-// A heap block of exactly n items, so that the address sanitizer sees the first byte past it, filled with 0x7f bytes.
+// What to print beside a failure: the fuzz case, if one is running.
+inline char running[200] = "";
+
+[[noreturn]] inline void fail(const char *file, int line, const char *what) {
+    std::fprintf(stderr, "%s:%d: %s%s\n", file, line, what, running);
+    std::fflush(stderr);
+    std::_Exit(1);
+}
+
+// A heap block of n items that ends where the block ends, so that the address sanitizer sees the first byte past it,
+// filled with one byte. With skip > 0 it starts that many items into the block: aligned to its items and no further.
 template <class T> struct Buffer {
-    explicit Buffer(int64_t n) : size(n), data(new T[static_cast<size_t>(n)]) {
-        std::memset(static_cast<void *>(data.get()), 0x7f, bytes());
+    explicit Buffer(int64_t n, int64_t skip = 0, int fill = 0x7f)
+        : size(n), block(new unsigned char[sizeof(T) * static_cast<size_t>(n + skip)]),
+          data(reinterpret_cast<T *>(block.get()) + skip) {
+        std::memset(block.get(), fill, sizeof(T) * static_cast<size_t>(n + skip));
     }
     size_t bytes() const { return sizeof(T) * static_cast<size_t>(size); }
-    T *get() { return data.get(); }
-    const T *get() const { return data.get(); }
-    T &operator[](int64_t i) { return data[static_cast<size_t>(i)]; }
-    const T &operator[](int64_t i) const { return data[static_cast<size_t>(i)]; }
+    T *get() { return data; }
+    const T *get() const { return data; }
+    T &operator[](int64_t i) { return data[i]; }
+    const T &operator[](int64_t i) const { return data[i]; }
     bool operator==(const Buffer &other) const {
-        return size == other.size && std::memcmp(data.get(), other.data.get(), bytes()) == 0;
+        return size == other.size && std::memcmp(data, other.data, bytes()) == 0;
     }
 
     int64_t size;
-    std::unique_ptr<T[]> data;
+
+  private:
+    std::unique_ptr<unsigned char[]> block;
+    T *data;
 };
 
 // SplitMix64
@@ -48,6 +61,10 @@ struct Random {
     }
     int64_t integer(int64_t low, int64_t high) { // inclusive
         return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1));
+    }
+    bool one_in(int64_t n) { return integer(1, n) == 1; }
+    template <class T, size_t n> T any_of(const T (&choices)[n]) {
+        return choices[static_cast<size_t>(integer(0, static_cast<int64_t>(n) - 1))];
     }
     float real() { return static_cast<float>(static_cast<int64_t>(next() >> 40)) * 0x1p-22f - 2.0f; } // [-2, 2)
 
