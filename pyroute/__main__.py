@@ -11,7 +11,7 @@ import os
 import sys
 from typing import NoReturn
 
-from . import __version__
+from . import __version__, presets, set_num_threads
 from .bench.terminal import UsageError
 
 
@@ -23,13 +23,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError
+    return _integer(text, 1)
+
+
+def natural(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _integer(text: str, low: int) -> int:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
+    if number < low:
+        raise argparse.ArgumentTypeError(f"must be at least {low}, got {number}")
     return number
-
-
-positive.__name__ = "positive number"  # argparse: "invalid positive number value: '0'"
 
 
 def build_parser() -> Parser:
@@ -47,6 +55,20 @@ def build_parser() -> Parser:
     info = command("info", "what is installed, which backends can run, and why the others cannot")
     info.add_argument("--limits", action="store_true", help="measure this machine's limits too (about two seconds)")
     info.set_defaults(run=run_info)
+
+    demo = command("demo", "one MoE layer reads a text: which experts, how fast, how exact; under a minute")
+    demo.add_argument("--model", metavar="NAME", choices=presets(), default="deepseek-v3", help="a preset of pyroute")
+    demo.add_argument("--tokens", metavar="N", type=positive, help="words to read (4096; 1024 on the NumPy fallback)")
+    demo.add_argument("--full-size", action="store_true", help="the model's own widths instead of what fits a minute")
+    demo.add_argument("--backend", choices=("cpu", "numpy"), help="the fastest one by default")
+    demo.add_argument("--seed", metavar="N", type=natural, default=0, help="of everything that is drawn at random")
+    demo.set_defaults(run=run_demo)
+
+    check = command("check", "every backend against the reference on this machine, for a bug report")
+    check.add_argument("--seed", metavar="N", type=natural, default=0, help="of the inputs")
+    check.set_defaults(run=run_check)
+    for sub in (demo, check):
+        sub.add_argument("--threads", metavar="N", type=positive, help="threads of the cpu backend")
     return parser
 
 
@@ -60,6 +82,37 @@ def run_info(args: argparse.Namespace) -> int:
     if console:
         info.show(console, facts)
     return 0
+
+
+def run_demo(args: argparse.Namespace) -> int:
+    from .bench import demo, demo_report, terminal
+
+    console = None if args.json == "-" else terminal.report_console()
+    if args.threads:
+        set_num_threads(args.threads)
+    options = demo.Options(args.model, args.tokens, args.full_size, args.seed, args.backend)
+    with terminal.progress(demo.NUM_STEPS) as step:
+        report = demo.run(options, step)
+    if args.json:
+        terminal.write_json(report, args.json)
+    if console:
+        demo_report.show(console, report)
+    return 0
+
+
+def run_check(args: argparse.Namespace) -> int:
+    from .bench import check, terminal
+
+    console = None if args.json == "-" else terminal.report_console()
+    if args.threads:
+        set_num_threads(args.threads)
+    with terminal.progress(check.NUM_CASES) as step:
+        report = check.run(args.seed, step)
+    if args.json:
+        terminal.write_json(report, args.json)
+    if console:
+        check.show(console, report)
+    return 0 if report["passed"] else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except UsageError as error:
         print(f"pyroute {args.command}: {error}", file=sys.stderr)
+        return 2
+    except MemoryError as error:
+        print(f"pyroute {args.command}: not enough memory: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("pyroute: interrupted", file=sys.stderr)

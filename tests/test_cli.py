@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pyroute
+from pyroute.__main__ import main
 from pyroute.bench import limits, terminal
+from pyroute.bench.demo_text import Text, text_states
 
 pytest.importorskip("rich")
 
@@ -22,6 +28,7 @@ def environment(**extra: str) -> dict[str, str]:
     """Ours, without what would change a report's width or colour."""
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "PYROUTE_ISA")}
     env["PYTHONPATH"] = str(Path(pyroute.__file__).parent.parent)
+    env["OPENBLAS_NUM_THREADS"] = env["OMP_NUM_THREADS"] = "1"  # tests run beside other work
     return {**env, **extra}
 
 
@@ -90,6 +97,221 @@ def test_info_names_the_instruction_set_that_was_asked_for_and_is_not_there():
     assert json.loads(run("info", "--json", PYROUTE_ISA="scalar").stdout)["machine"]["isa"] == "scalar"
 
 
+# ---- demo ----------------------------------------------------------------------------------------------------------
+
+SMALL = ("demo", "--tokens", "64")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """One run: what it printed, and its JSON."""
+    out = tmp_path_factory.mktemp("demo") / "demo.json"
+    result = run(*SMALL, "--json", str(out))
+    assert (result.returncode, result.stderr) == (0, "")
+    return result.stdout, json.loads(out.read_text())
+
+
+def test_demo_prints_six_parts_in_80_columns(demo):
+    text, report = demo
+    parts = ["Which experts", "Balance", "Where the time goes", "Memory", "Error"]
+    if report["numpy"]:
+        parts.append("NumPy fallback")
+    positions = [text.index(f"\n{i}  ") for i in range(1, len(parts) + 1)]
+    assert positions == sorted(positions)
+    assert all(part in text for part in parts)
+    assert max(map(len, text.splitlines())) <= 80
+    assert not any(line != line.rstrip() for line in text.splitlines())
+    assert "\x1b" not in text
+
+
+def test_demo_routes_every_word_and_balances(demo):
+    _, report = demo
+    settings = report["settings"]
+    assert (settings["num_experts"], settings["top_k"], settings["num_groups"]) == (256, 8, 8)
+    assert pyroute.RouterConfig.from_string(settings["router"]) == pyroute.RouterConfig.preset("deepseek-v3")
+    assert sum(report["experts"]["tokens_per_expert"]) == 64 * 8
+    balance = report["balance"]
+    assert len(balance["curve"]) == balance["steps"] + 1
+    assert balance["curve"][0] == balance["before"]
+    assert balance["before"]["max_over_mean"] > 2
+    assert 1 <= balance["after"]["max_over_mean"] < balance["before"]["max_over_mean"]
+    assert 0 <= balance["after"]["variation"] < balance["before"]["variation"]
+
+
+def test_demo_examples_are_words_of_the_text_that_went_there(demo):
+    _, report = demo
+    load = report["experts"]["tokens_per_expert"]
+    for example in report["experts"]["examples"]:
+        assert example["tokens"] == load[example["expert"]]
+        for word in example["words"]:
+            assert word["word"].islower() or "_" in word["word"]
+            assert 0.5 * word["seen"] <= word["drawn"] <= word["seen"]
+            assert word["drawn"] <= example["tokens"]
+
+
+def test_demo_times_are_plausible(demo):
+    _, report = demo
+    limits = report["limits"]
+    stages = {stage["name"]: stage for stage in report["stages"]}
+    assert {"router", "gate", "plan", "permute", "gate_up", "activation", "down", "unpermute", "backward"} <= set(
+        stages
+    )
+    for stage in stages.values():
+        if stage["seconds"] == 0:
+            assert stage["name"] == "activation"
+            continue
+        assert 0 < stage["seconds"] < 60
+        assert stage["bytes"] > 0
+        assert stage["gbs"] == pytest.approx(stage["bytes"] / stage["seconds"] / 1e9)
+        if limits["fma_gflops"] is None:
+            assert stage["share_of_limit"] is None
+        elif stage["flops"]:  # a neighbour may slow the limits' own measurement down
+            assert 0 < stage["flops"] / stage["seconds"] / 1e9 / limits["fma_gflops"] < 1.2
+    flops = 2 * 64 * 8 * 3 * report["settings"]["hidden"] * report["settings"]["intermediate"]
+    assert stages["gate_up"]["flops"] + stages["down"]["flops"] == stages["forward"]["flops"] == flops
+    assert stages["backward"]["flops"] == 2 * flops
+
+
+def test_demo_memory_and_errors(demo):
+    _, report = demo
+    memory = report["memory"]
+    assert memory["float32_bytes"] == 4 * report["settings"]["parameters"] == 2 * memory["bfloat16_bytes"]
+    assert 0.25 < memory["fp8_over_float32"] < 0.2502
+    full = memory["full_size"]
+    assert full["float32_bytes"] == 4 * 256 * 3 * 7168 * 2048
+    assert full["fp8_bytes"] == 256 * 3 * (7168 * 2048 + 4 * 56 * 16)
+    error = report["error"]
+    assert error["rows"] == 64
+    assert 0 < error["float32"]["median_row"] <= error["float32"]["worst_row"] < 1e-5
+    assert 1e-3 < error["fp8"]["median_row"] <= error["fp8"]["worst_row"] < 0.15
+
+
+def test_demo_numpy_beside_it(demo):
+    _, report = demo
+    if not pyroute.backends()["cpu"].available:
+        assert report["numpy"] is None
+        return
+    numpy = report["numpy"]
+    assert numpy["same_ids"] is True
+    assert numpy["same_weights"] is True
+    assert [stage["name"] for stage in numpy["stages"]] == [stage["name"] for stage in report["stages"]]
+
+
+def test_demo_of_another_model_needs_no_rich_for_json():
+    result = run_without_rich("demo", "--tokens", "16", "--model", "gpt-oss-20b", "--json", "--backend", "numpy")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["settings"]["num_experts"] == 32
+    assert report["numpy"] is None
+    assert report["error"]["float32"]["worst_row"] < 1e-5
+
+
+def test_demo_full_size_that_does_not_fit_says_what_it_needs(monkeypatch, capsys):
+    monkeypatch.setattr("pyroute.bench.demo_layer.available_memory", lambda: 10**9)
+    assert main(["demo", "--full-size", "--tokens", "64"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--full-size deepseek-v3 needs 11" in error
+    assert "1 GB are available" in error
+
+
+def test_the_same_seed_gives_the_same_states():
+    ids = np.random.default_rng(0).integers(0, 300, 3000)
+    text = Text(ids, [f"word{i}" for i in range(300)])
+    first, again, other = (text_states(text, 32, 64, 16, seed) for seed in (1, 1, 2))
+    assert first.hidden.tobytes() == again.hidden.tobytes() != other.hidden.tobytes()
+    assert first.router.tobytes() == again.router.tobytes()
+    assert np.sqrt((first.hidden**2).mean(axis=1)) == pytest.approx(1, rel=1e-5)
+    assert first.hidden.dtype == first.router.dtype == np.float32
+
+
+# ---- check ---------------------------------------------------------------------------------------------------------
+
+
+def test_check_passes_here_and_counts():
+    result = run("check", "--json")
+    assert result.returncode == 0, result.stdout
+    report = json.loads(result.stdout)
+    assert report["passed"] is True
+    assert report["failures"] == []
+    assert len(report["checks"]) == 10
+    for row in report["checks"]:
+        assert all(count["differing"] == 0 for count in row["variants"].values())
+        if pyroute.backends()["cpu"].available:
+            assert all(count["elements"] > 1000 for name, count in row["variants"].items() if name != "numpy")
+
+
+FAULTS = (  # one function of each row
+    "topk_gating",
+    "topk_gating_backward",
+    "plan_routes",
+    "unpermute",
+    "unpermute_backward",
+    "quantize_fp8",
+    "dequantize_fp8",
+    "grouped_gemm",
+    "grouped_gemm_wgrad",
+    "moe_forward",
+)
+
+
+@pytest.fixture
+def two_presets(monkeypatch):
+    if not pyroute.backends()["cpu"].available:
+        pytest.skip("needs the compiled backend")
+    monkeypatch.setattr(pyroute, "presets", lambda: ("deepseek-v3", "gpt-oss-20b"))  # the others cost seconds
+
+
+def spoil(function, result):
+    """Change the last element of a large result: its lowest bit, or where rounding is allowed far more than that."""
+    for field in ("topk_weights", "row_to_token", "codes"):
+        result = getattr(result, field, result)
+    array = result[0] if isinstance(result, tuple) else result
+    if array.size > 100:
+        last = array.reshape(-1)[-1:]
+        if function.startswith(("grouped", "moe")):
+            last[...] += 0.01
+        else:
+            last.view(np.uint8)[0] ^= 1
+
+
+def test_check_finds_one_wrong_element_in_every_op(two_presets, monkeypatch, capsys):
+    def plant(function, good):
+        def faulty(*args, **kwargs):
+            result = good(*args, **kwargs)
+            if kwargs.get("backend") == "cpu" and limits._backend.core.isa() == "scalar":
+                spoil(function, result)
+            return result
+
+        monkeypatch.setattr(pyroute, function, faulty)
+
+    for function in FAULTS:
+        plant(function, getattr(pyroute, function))
+    assert main(["check", "--json", "-"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"] is False
+    for row in report["checks"]:
+        differing = {name: count["differing"] for name, count in row["variants"].items() if count["differing"]}
+        assert differing.keys() == {"scalar"}, row["op"]
+    first = report["failures"][0]
+    assert (first["op"], first["variant"], first["seed"]) == ("gating: choice and weights", "scalar", 0)
+    assert first["differing"] == 1
+    assert first["index"] is not None
+    assert first["got"] != first["expected"]
+    assert "deepseek-v3" in first["shape"]
+
+
+def test_check_shows_the_first_difference(two_presets, monkeypatch, capsys):
+    good = pyroute.z_loss
+    monkeypatch.setattr(pyroute, "z_loss", lambda *a, backend, **k: good(*a, **k) + (1.0 if backend == "cpu" else 0.0))
+    assert main(["check", "--seed", "3"]) == 1
+    text = capsys.readouterr().out
+    assert "There are differences" in text
+    assert "gating: gradients, losses, z_loss" in text
+    assert "seed 3" in text
+    assert "2 differ" in text  # one per preset
+
+
 # ---- the surroundings ----------------------------------------------------------------------------------------------
 
 
@@ -137,6 +359,35 @@ def test_a_closed_pipe_is_silent():
         process.stdout.close()
         assert process.stderr.read() == b""
     assert process.returncode == 141
+
+
+def test_an_interrupt_is_one_line_and_130():
+    command = [sys.executable, "-m", "pyroute", "demo", "--json", "-"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment()
+    ) as process:
+        time.sleep(3)  # it takes ten times as long
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert (out, err) == ("", "pyroute: interrupted\n")
+
+
+def test_progress_is_for_terminals_only():
+    """On a terminal a bar on standard error; the report itself stays clean on standard output."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "pyroute", "check", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, env=environment(TERM="xterm")) as process:
+        os.close(theirs)
+        report = process.stdout.read()
+        shown = b""
+        with contextlib.suppress(OSError):  # the terminal goes away with the process
+            while chunk := os.read(ours, 1 << 16):
+                shown += chunk
+    os.close(ours)
+    assert json.loads(report)["passed"] is True
+    assert b"gating" in shown
+    assert b"\x1b[" in shown
 
 
 # ---- limits and pictures -------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .. import _backend
 from .limits import Limits, measure_limits
 from .machine import describe_machine, optional_packages
-from .terminal import number_of_bytes, show_rows
+from .terminal import number_of_bytes, show_rows, show_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +57,8 @@ def show_limits(console: Console, limits: Limits) -> None:
         rows.append((name, f"{all_threads:.4g} {unit} on {limits.threads} thread{plural}{one}  [note]{what}[/]"))
     show_rows(console, rows)
     if limits.steadiness < 0.8:
-        console.print(
-            "  [bad]This machine is busy[/]: runs of one probe differ by more than a fifth. Read no times from it."
-        )
+        note = "[bad]The machine is busy[/]: runs of one probe differ by more than a fifth. Trust no time."
+        show_text(console, note, indent=2)
 
 
 def _machine_rows(machine: dict[str, Any]) -> list[tuple[str, str]]:

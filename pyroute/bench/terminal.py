@@ -92,6 +92,34 @@ def show_rows(console: Console, rows: Sequence[tuple[str, str]], *, label_width:
             head = indent
 
 
+def show_text(console: Console, markup: str, *, indent: int = 0) -> None:
+    """A paragraph, wrapped without the blanks that rich leaves at the ends of lines."""
+    from rich.text import Text
+
+    for line in Text.from_markup(markup).wrap(console, max(10, console.width - indent)):
+        line.rstrip()
+        console.print(Text(" " * indent).append_text(line))
+
+
+def show_table(
+    console: Console, header: Sequence[str], rows: Sequence[Sequence[str]], *, align: str, indent: int = 2
+) -> None:
+    """Columns under a dim header, one character of ``align`` (``<`` or ``>``) each; cells may hold rich markup."""
+    from rich.text import Text
+
+    cells = [[Text(cell, style="note") for cell in header]]
+    cells += [[Text.from_markup(cell) for cell in row] for row in rows]
+    widths = [max(row[i].cell_len for row in cells) for i in range(len(header))]
+    for row in cells:
+        line = Text(" " * indent)
+        for cell, width, side in zip(row, widths, align, strict=True):
+            blanks = Text(" " * (width - cell.cell_len))
+            line.append_text(blanks + cell if side == ">" else cell + blanks)
+            line.append("  ")
+        line.rstrip()
+        console.print(line)
+
+
 def write_json(document: dict[str, Any], path: str) -> None:
     """The document as JSON to a file, or to standard output for ``-``."""
     text = json.dumps(document, indent=2, allow_nan=False) + "\n"
