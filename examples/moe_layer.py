@@ -20,5 +20,5 @@ grads = pyroute.moe_backward(y, saved)  # of the loss sum(y**2) / 2, whose gradi
 grad_logits = pyroute.topk_gating_backward(grads.topk_weights, logits, gating, config)
 grad_x, grad_w_router = grads.x + grad_logits @ w_router, grad_logits.T @ x
 print(
-    f"tokens per expert {gating.tokens_per_expert.min()} to {gating.tokens_per_expert.max()}, loss {(y**2).sum() / 2:.1f}"
+    f"{gating.tokens_per_expert.min()} to {gating.tokens_per_expert.max()} tokens per expert, loss {(y**2).sum() / 2:.1f}"
 )
