@@ -2,6 +2,7 @@
 //
 // fp8_encode<Format>  nearest even; finite values saturate; NaN and infinities become the one NaN code, without sign
 // Format::decode      exact; NaN codes give some NaN
+// fp8_decode32        the same for long runs
 //
 // pyroute/_array/quantization.py is the same cast in array code. The conversions of libraries and of hardware differ
 // from it, and from each other, at overflow and at infinity.
@@ -59,5 +60,51 @@ template <class Format> PYROUTE_INLINE u32x8 fp8_encode(const f32x8 &x) {
         ((bits >> 24) & 0x80);
     return (i32x8)magnitude >= 0x7f800000 ? u32x8{} + Format::nan_code : code;
 }
+
+// Thirty-two codes to float32. e4m3 on Zen 4, data in L1: 0.72 ns for eight codes; by way of float16, sixteen at a
+// time, 0.90, eight at a time 1.13.
+template <class Format> PYROUTE_INLINE void fp8_decode32(Format, const uint8_t *from, float *to) {
+    for (int i = 0; i < 32; i += 8)
+        store(to + i, Format::decode(load<u8x8>(from + i)));
+}
+
+#if defined(__AVX2__)
+// Two instructions per vector widen bfloat16, and e4m3 is bfloat16 but for the exponent's bias: its high byte is a
+// table over the code's upper four bits, its low byte the lower four bits moved up. Codes with exponent 0 or 1 differ
+// by a second table, which yields zero for the other codes since their index has its top bit set.
+PYROUTE_INLINE void fp8_decode32(E4m3, const uint8_t *from, float *to) {
+    using u8x32 = uint8_t __attribute__((vector_size(32)));
+    using u16x16 = uint16_t __attribute__((vector_size(32)));
+    const auto lookup = [](const u8x32 &table, const u8x32 &index) __attribute__((always_inline)) {
+        return bit_cast<u8x32>(_mm256_shuffle_epi8(bit_cast<__m256i>(table), bit_cast<__m256i>(index)));
+    };
+    // clang-format off
+    const u8x32 high_table = {60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195,
+                              60, 61, 62, 63, 64, 65, 66, 67, 188, 189, 190, 191, 192, 193, 194, 195};
+    // what to add to 60, and what to flip in the lower bits moved up: m * 2^-9 for the codes 0 to 7
+    const u8x32 high_fix = {196, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                            196, 255, 255, 255, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
+    const u8x32 low_fix = {0, 0x10, 0xa0, 0xf0, 0x40, 0x70, 0x20, 0x10, 0, 0, 0, 0, 0, 0, 0, 0,
+                           0, 0x10, 0xa0, 0xf0, 0x40, 0x70, 0x20, 0x10, 0, 0, 0, 0, 0, 0, 0, 0};
+    // clang-format on
+    // The unpacking below works on the halves of a register: the order of dwords that leaves results in order.
+    const __m256i order = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+    const u8x32 code = bit_cast<u8x32>(
+        _mm256_permutevar8x32_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)), order));
+    const u8x32 magnitude = code & 0x7f;
+    const u8x32 fix = bit_cast<u8x32>(_mm256_adds_epu8(bit_cast<__m256i>(magnitude), _mm256_set1_epi8(0x70)));
+    const u8x32 upper = bit_cast<u8x32>(bit_cast<u16x16>(code) >> 4) & 0x0f;
+    const u8x32 lower = bit_cast<u8x32>(bit_cast<u16x16>(code) << 4) & 0xf0;
+    const u8x32 nan = (u8x32)(magnitude == 0x7f);
+    const __m256i high = bit_cast<__m256i>((lookup(high_table, upper) + lookup(high_fix, fix)) | nan);
+    const __m256i low = bit_cast<__m256i>(lower ^ lookup(low_fix, fix));
+    const __m256i first = _mm256_unpacklo_epi8(low, high), last = _mm256_unpackhi_epi8(low, high);
+    const __m256i zero = _mm256_setzero_si256();
+    store(to, _mm256_unpacklo_epi16(zero, first));
+    store(to + 8, _mm256_unpackhi_epi16(zero, first));
+    store(to + 16, _mm256_unpacklo_epi16(zero, last));
+    store(to + 24, _mm256_unpackhi_epi16(zero, last));
+}
+#endif
 
 } // namespace pyroute::cpu::PYROUTE_ISA

@@ -121,9 +121,14 @@ PYROUTE_INLINE float sum_lanes(const f32x8 &v) {
 
 // bfloat16 is the upper half of a float32. Rounding is to nearest even; every NaN becomes 0x7fc0 with its sign kept.
 PYROUTE_INLINE float bf16_to_f32(uint16_t bits) { return bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
-PYROUTE_INLINE f32x8 bf16_to_f32(const u16x8 &bits) {
-    return bit_cast<f32x8>(__builtin_convertvector(bits, u32x8) << 16);
+PYROUTE_INLINE u32x8 widen(const u16x8 &v) {
+#if defined(__AVX2__) // GCC 12 makes four instructions of the conversion
+    return bit_cast<u32x8>(_mm256_cvtepu16_epi32(bit_cast<__m128i>(v)));
+#else
+    return __builtin_convertvector(v, u32x8);
+#endif
 }
+PYROUTE_INLINE f32x8 bf16_to_f32(const u16x8 &bits) { return bit_cast<f32x8>(widen(bits) << 16); }
 PYROUTE_INLINE uint16_t f32_to_bf16(float value) {
     const uint32_t bits = bit_cast<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;

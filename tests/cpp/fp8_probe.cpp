@@ -11,6 +11,8 @@ void encode_e5m2(const float *x, uint8_t *codes) {
 }
 void decode_e4m3(const uint8_t *codes, float *x) { store(x, E4m3::decode(load<u8x8>(codes))); }
 void decode_e5m2(const uint8_t *codes, float *x) { store(x, E5m2::decode(load<u8x8>(codes))); }
+void decode32_e4m3(const uint8_t *codes, float *x) { fp8_decode32(E4m3{}, codes, x); }
+void decode32_e5m2(const uint8_t *codes, float *x) { fp8_decode32(E5m2{}, codes, x); }
 void encode_f16(const float *x, uint16_t *half) { store(half, f32_to_f16(load<f32x8>(x))); }
 void decode_f16(const uint16_t *half, float *x) { store(x, f16_to_f32(load<u16x8>(half))); }
 

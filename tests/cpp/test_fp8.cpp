@@ -19,6 +19,8 @@ using namespace pyroute::cpu;
     void encode_e5m2(const float *, uint8_t *);                                                                        \
     void decode_e4m3(const uint8_t *, float *);                                                                        \
     void decode_e5m2(const uint8_t *, float *);                                                                        \
+    void decode32_e4m3(const uint8_t *, float *);                                                                      \
+    void decode32_e5m2(const uint8_t *, float *);                                                                      \
     void encode_f16(const float *, uint16_t *);                                                                        \
     void decode_f16(const uint16_t *, float *);                                                                        \
     }
@@ -117,16 +119,17 @@ template <class Code> void check_encode(const Format &f, void (*encode)(const fl
     }
 }
 
-template <class Code> void check_decode(const Format &f, void (*decode)(const Code *, float *)) {
+// `decode` converts `count` codes at a time.
+template <class Code, uint32_t count = 8> void check_decode(const Format &f, void (*decode)(const Code *, float *)) {
     const std::vector<double> values = table(f);
     const uint32_t infinity = f.mantissa_bits == 3 ? ~0u : f.max_code + 1;
-    for (uint32_t first = 0; first < 2 * f.sign; first += 8) {
-        Code codes[8];
-        float x[8];
-        for (uint32_t i = 0; i < 8; ++i)
+    for (uint32_t first = 0; first < 2 * f.sign; first += count) {
+        Code codes[count];
+        float x[count];
+        for (uint32_t i = 0; i < count; ++i)
             codes[i] = static_cast<Code>(first + i);
         decode(codes, x);
-        for (uint32_t i = 0; i < 8; ++i) {
+        for (uint32_t i = 0; i < count; ++i) {
             const uint32_t magnitude = (first + i) & (f.sign - 1);
             const bool negative = (first + i) & f.sign;
             if (magnitude == infinity)
@@ -146,6 +149,8 @@ template <class Code> void check_decode(const Format &f, void (*decode)(const Co
         check_encode<uint16_t>(f16, isa::encode_f16);                                                                  \
         check_decode<uint8_t>(e4m3, isa::decode_e4m3);                                                                 \
         check_decode<uint8_t>(e5m2, isa::decode_e5m2);                                                                 \
+        check_decode<uint8_t, 32>(e4m3, isa::decode32_e4m3);                                                           \
+        check_decode<uint8_t, 32>(e5m2, isa::decode32_e5m2);                                                           \
         check_decode<uint16_t>(f16, isa::decode_f16);                                                                  \
     }
 

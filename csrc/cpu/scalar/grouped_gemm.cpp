@@ -17,7 +17,7 @@ namespace pyroute::cpu::PYROUTE_ISA {
 namespace {
 
 constexpr int lanes = 8;
-constexpr int tile_rows = 3, tile_cols = 4;
+constexpr int tile_rows = 3, accumulators = 12; // 3 x 4, or for the last rows 2 x 6 and 1 x 12
 using Totals = float[panel_rows][panel_rows][lanes];
 
 // A vector loaded once into its register; folded into the multiply-adds it would be loaded three times.
@@ -32,30 +32,31 @@ PYROUTE_INLINE f32x8 load_once(const float *from) {
 template <int rows, bool scaled>
 PYROUTE_INLINE void multiply_tile(const PanelBlock &x, int row, const PanelBlock &y, int col, int steps, Totals &totals,
                                   const float (&scales)[panel_rows][16]) {
-    f32x8 partial[rows][tile_cols];
-#pragma GCC unroll 8
+    constexpr int cols = accumulators / rows;
+    f32x8 partial[rows][cols];
+#pragma GCC unroll 12
     for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < tile_cols; ++j)
+#pragma GCC unroll 12
+        for (int j = 0; j < cols; ++j)
             partial[i][j] = f32x8{};
     const float *from_x = x.values[row], *from_y = y.values[col];
     for (int step = 0; step < steps; ++step) {
         f32x8 x_f32x8[rows];
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int i = 0; i < rows; ++i)
             x_f32x8[i] = load_once(from_x + i * panel_depth + step * lanes);
-#pragma GCC unroll 8
-        for (int j = 0; j < tile_cols; ++j) {
+#pragma GCC unroll 12
+        for (int j = 0; j < cols; ++j) {
             const f32x8 y_f32x8 = load_once(from_y + j * panel_depth + step * lanes);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
             for (int i = 0; i < rows; ++i)
                 partial[i][j] = fma(x_f32x8[i], y_f32x8, partial[i][j]);
         }
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < tile_cols; ++j) {
+#pragma GCC unroll 12
+        for (int j = 0; j < cols; ++j) {
             float *total = totals[row + i][col + j];
             const f32x8 before = load<f32x8>(total);
             if constexpr (scaled) // a scale of 1 gives the bytes of the plain addition
@@ -65,7 +66,14 @@ PYROUTE_INLINE void multiply_tile(const PanelBlock &x, int row, const PanelBlock
         }
 }
 
-// One block of the contraction for a group of rows and a group of columns; columns up to a multiple of 4 are computed.
+template <int rows, bool scaled>
+PYROUTE_INLINE void multiply_row_tiles(const PanelBlock &x, int row, const PanelBlock &y, int num_cols, int steps,
+                                       Totals &totals, const float (&scales)[panel_rows][16]) {
+    for (int col = 0; col < num_cols; col += accumulators / rows)
+        multiply_tile<rows, scaled>(x, row, y, col, steps, totals, scales);
+}
+
+// One block of the contraction for a group of rows and a group of columns; the last tile may compute columns too many.
 template <bool scaled>
 void multiply_block(const PanelBlock &x, int num_rows, const PanelBlock &y, int num_cols, int steps, Totals &totals) {
     float scales[panel_rows][16];
@@ -74,17 +82,16 @@ void multiply_block(const PanelBlock &x, int num_rows, const PanelBlock &y, int 
             for (int j = 0; j < 16; j += lanes)
                 store(&scales[i][j], load<f32x8>(&y.scales[j]) * broadcast<f32x8>(x.scales[i]));
     for (int row = 0; row < num_rows; row += tile_rows)
-        for (int col = 0; col < num_cols; col += tile_cols)
-            switch (num_rows - row) {
-            case 1:
-                multiply_tile<1, scaled>(x, row, y, col, steps, totals, scales);
-                break;
-            case 2:
-                multiply_tile<2, scaled>(x, row, y, col, steps, totals, scales);
-                break;
-            default:
-                multiply_tile<3, scaled>(x, row, y, col, steps, totals, scales);
-            }
+        switch (num_rows - row) {
+        case 1:
+            multiply_row_tiles<1, scaled>(x, row, y, num_cols, steps, totals, scales);
+            break;
+        case 2:
+            multiply_row_tiles<2, scaled>(x, row, y, num_cols, steps, totals, scales);
+            break;
+        default:
+            multiply_row_tiles<3, scaled>(x, row, y, num_cols, steps, totals, scales);
+        }
 }
 
 // sum_lanes of four totals at once.

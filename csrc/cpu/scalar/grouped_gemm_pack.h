@@ -17,16 +17,25 @@ template <class Format> struct Fp8 { // FP8 codes as elements.h describes the ot
     PYROUTE_INLINE f32x8 widen(const u8x8 &codes) { return Format::decode(codes); }
 };
 
+// Thirty-two elements.
+template <class Type> PYROUTE_INLINE void widen32(Type, const typename Type::Storage *from, float *to) {
+    for (int i = 0; i < 32; i += 8)
+        store(to + i, load_elements<Type>(from + i));
+}
+template <class Format> PYROUTE_INLINE void widen32(Fp8<Format>, const uint8_t *from, float *to) {
+    fp8_decode32(Format{}, from, to);
+}
+
 // Scale of the block that holds this element of the matrix.
-PYROUTE_INLINE float scale_at(const PanelSource &s, int64_t row, int64_t col) {
+PYROUTE_INLINE const float &scale_at(const PanelSource &s, int64_t row, int64_t col) {
     return s.scales[(s.first_block_row + row) / s.block_rows * s.scale_stride + col / s.block_cols];
 }
 
-// Elements [col, col + count) of a matrix row, zeros behind them.
+// Elements [col, col + count) of a matrix row at `from`, zeros behind them.
 template <class Type, bool multiply_scales>
-PYROUTE_INLINE f32x8 load_lanes(const PanelSource &s, int64_t row, int64_t col, int count) {
-    const auto *from = static_cast<const typename Type::Storage *>(s.data) + row * s.stride + col;
-    f32x8 value = count == 8 ? load_elements<Type>(from) : load_elements<Type>(from, count);
+PYROUTE_INLINE f32x8 load_lanes(const PanelSource &s, const typename Type::Storage *from, int64_t row, int64_t col,
+                                int count) {
+    f32x8 value = count == 8 ? load_elements<Type>(from + col) : load_elements<Type>(from + col, count);
     if constexpr (multiply_scales) {
         f32x8 scale = broadcast<f32x8>(scale_at(s, row, col));
         if (s.block_cols % 8 != 0 || col % 8 != 0)
@@ -37,16 +46,24 @@ PYROUTE_INLINE f32x8 load_lanes(const PanelSource &s, int64_t row, int64_t col, 
     return value;
 }
 
+template <class Type> PYROUTE_INLINE const typename Type::Storage *matrix_row(const PanelSource &s, int64_t row) {
+    return static_cast<const typename Type::Storage *>(s.data) + row * s.stride;
+}
+
 PYROUTE_INLINE int smaller(int64_t a, int b) { return a < b ? static_cast<int>(a) : b; }
 
 // One panel row is a run of a matrix row.
 template <class Type, bool multiply_scales>
 PYROUTE_INLINE void pack_row(const PanelSource &s, int64_t row, int64_t begin, int length, float *to) {
+    const auto *from = matrix_row<Type>(s, row);
     int i = 0;
+    if constexpr (!multiply_scales)
+        for (; i + 32 <= length; i += 32)
+            widen32(Type{}, from + begin + i, to + i);
     for (; i + 8 <= length; i += 8)
-        store(to + i, load_lanes<Type, multiply_scales>(s, row, begin + i, 8));
+        store(to + i, load_lanes<Type, multiply_scales>(s, from, row, begin + i, 8));
     if (i < length)
-        store(to + i, load_lanes<Type, multiply_scales>(s, row, begin + i, length - i));
+        store(to + i, load_lanes<Type, multiply_scales>(s, from, row, begin + i, length - i));
 }
 
 // v[i][j] becomes v[j][i].
@@ -78,7 +95,8 @@ void pack_columns(const PanelSource &s, int64_t first, int64_t num_rows, int64_t
             const int width = smaller(num_rows - col, 8);
             f32x8 square[8] = {};
             for (int i = 0; i < count; ++i)
-                square[i] = load_lanes<Type, multiply_scales>(s, depth + i, first + col, width);
+                square[i] =
+                    load_lanes<Type, multiply_scales>(s, matrix_row<Type>(s, depth + i), depth + i, first + col, width);
             transpose(square);
             for (int j = 0; j < width; ++j) {
                 const int64_t row = col + j;
@@ -88,18 +106,32 @@ void pack_columns(const PanelSource &s, int64_t first, int64_t num_rows, int64_t
     }
 }
 
-// The rows of a last group that a tile of four columns reads and nobody stored are zero; so are their scales.
+// The rows of a last group that a tile reads and nobody stored are zero; so are their scales.
 void clear_rows(PanelBlock &block, int num_rows) {
-    for (int row = num_rows; row % 4 != 0; ++row) {
+    for (int row = num_rows; row < panel_rows; ++row) {
         memset(block.values[row], 0, sizeof(block.values[row]));
         block.scales[row] = 0;
     }
 }
 
+// Scales of panel rows in one block of the contraction. A division takes up to 20 cycles and the block 400, so the
+// blocks are walked.
 void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t block, PanelBlock &to) {
+    if (!s.keeps_scales) {
+        for (int i = 0; i < num_rows; ++i)
+            to.scales[i] = 1.0f;
+        return;
+    }
+    const int64_t depth = block * panel_depth;
+    const int64_t extent = s.columns ? s.block_cols : s.block_rows;
+    const float *scale = s.columns ? &scale_at(s, depth, first_row) : &scale_at(s, first_row, depth);
+    int64_t in_block = (s.columns ? first_row : s.first_block_row + first_row) % extent;
     for (int i = 0; i < num_rows; ++i) {
-        const int64_t row = first_row + i, depth = block * panel_depth;
-        to.scales[i] = !s.keeps_scales ? 1.0f : s.columns ? scale_at(s, depth, row) : scale_at(s, row, depth);
+        to.scales[i] = *scale;
+        if (++in_block == extent) {
+            in_block = 0;
+            scale += s.columns ? 1 : s.scale_stride;
+        }
     }
 }
 
@@ -107,8 +139,12 @@ void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t 
 template <class Type, bool multiply_scales>
 void pack_row_block(const PanelSource &s, int64_t first, int num_rows, int64_t block, PanelBlock &to) {
     const int length = smaller(s.length - block * panel_depth, panel_depth);
-    for (int i = 0; i < num_rows; ++i)
+    for (int i = 0; i < num_rows; ++i) {
+        const auto *next = reinterpret_cast<const char *>(matrix_row<Type>(s, first + i) + (block + 1) * panel_depth);
+        for (size_t line = 0; line < panel_depth * sizeof(typename Type::Storage); line += 64)
+            __builtin_prefetch(next + line);
         pack_row<Type, multiply_scales>(s, first + i, block * panel_depth, length, to.values[i]);
+    }
 }
 
 struct Packing {
