@@ -19,6 +19,5 @@ y, saved = pyroute.moe_forward(x, gating.topk_idx, gating.topk_weights, w_gate_u
 grads = pyroute.moe_backward(y, saved)  # of the loss sum(y**2) / 2, whose gradient is y
 grad_logits = pyroute.topk_gating_backward(grads.topk_weights, logits, gating, config)
 grad_x, grad_w_router = grads.x + grad_logits @ w_router, grad_logits.T @ x
-print(
-    f"tokens per expert {gating.tokens_per_expert.min()} to {gating.tokens_per_expert.max()}, loss {(y**2).sum() / 2:.1f}"
-)
+counts = gating.tokens_per_expert
+print(f"{counts.min()} to {counts.max()} tokens per expert, loss {(y**2).sum() / 2:.1f}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import sys
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from . import _check
@@ -31,19 +30,20 @@ HAS_CORE = not _core_error
 Array = Any
 NAMES = ("numpy", "cupy", "cpu", "cuda")
 
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-FLOAT8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
+BFLOAT16 = _check.DTYPES["bfloat16"]
+FLOAT8 = {"e4m3": _check.DTYPES["float8_e4m3fn"], "e5m2": _check.DTYPES["float8_e5m2"]}
 
 
-def float_dtype(function: str, argument: str, value: Any, allowed: tuple[str, ...]) -> np.dtype[Any]:
+def float_dtype(function: str, argument: str, value: Any, allowed: tuple[str, ...]) -> Any:
     """A dtype given by name, as a type or as a dtype; ``allowed`` are names."""
-    by_name = {name: BFLOAT16 if name == "bfloat16" else np.dtype(name) for name in allowed}
     if isinstance(value, str):
-        return by_name[_check.one_of(function, argument, value, allowed)]
-    try:
-        return by_name[np.dtype(value).name]
-    except (TypeError, KeyError):
-        raise _check.type_error(function, argument, " or ".join(allowed), repr(value)) from None
+        return _check.DTYPES[_check.one_of(function, argument, value, allowed)]
+    if not isinstance(value, (type, np.dtype)):  # np.dtype(None) is float64
+        raise _check.type_error(function, argument, " or ".join(allowed), _check.describe(value))
+    dtype = next((_check.DTYPES[name] for name in allowed if np.dtype(value) == _check.DTYPES[name]), None)
+    if dtype is None:
+        raise _check.type_error(function, argument, " or ".join(allowed), str(value))
+    return dtype
 
 
 class BackendInfo(NamedTuple):
@@ -63,14 +63,21 @@ def backends() -> dict[str, BackendInfo]:
     >>> pyroute.backends()["numpy"].available
     True
     """
-    infos = {"numpy": BackendInfo(True, device=f"NumPy {np.__version__}")}
-    infos["cupy"] = _cupy_info()
-    if not HAS_CORE:
-        infos["cpu"] = BackendInfo(False, f"pyroute._core did not load: {_core_error}")
-    else:
-        infos["cpu"] = BackendInfo(True, device=core.isa(), threads=core.num_threads())
-    infos["cuda"] = BackendInfo(False, "this build has no CUDA kernels")
-    return infos
+    return {name: _info(name) for name in NAMES}
+
+
+def _info(name: str) -> BackendInfo:
+    match name:
+        case "numpy":
+            return BackendInfo(True, device=f"NumPy {np.__version__}")
+        case "cupy":
+            return _cupy_info()
+        case "cpu" if HAS_CORE:
+            return BackendInfo(True, device=core.isa(), threads=core.num_threads())
+        case "cpu":
+            return BackendInfo(False, f"pyroute._core did not load: {_core_error}")
+        case _:
+            return BackendInfo(False, "this build has no CUDA kernels")
 
 
 def _cupy_info() -> BackendInfo:
@@ -103,62 +110,68 @@ def get_num_threads() -> int:
     return core.num_threads() if HAS_CORE else 1
 
 
-def _is_cupy(x: object) -> bool:
-    cupy = sys.modules.get("cupy")  # an array of a module that nobody imported cannot exist
-    return cupy is not None and isinstance(x, cupy.ndarray)
-
-
 def array_module(x: Array) -> Any:
     """``numpy`` or ``cupy``, whichever owns ``x``."""
-    return sys.modules["cupy"] if _is_cupy(x) else np
+    return sys.modules["cupy"] if _check.is_cupy(x) else np
 
 
-def as_array(function: str, argument: str, x: object) -> Array:
-    """``x`` as a C-contiguous NumPy or CuPy array, sharing memory where it can.
+def as_array(
+    function: str, argument: str, x: object, dtypes: tuple[str, ...] = (), axes: tuple[_check.Axis, ...] | None = None
+) -> Array:
+    """``x`` as a C-contiguous NumPy or CuPy array of one of these dtypes and this shape, sharing memory where it can.
 
     Takes NumPy and CuPy arrays, and anything with ``__cuda_array_interface__``, ``__dlpack__`` or the buffer protocol.
-    Lists, scalars, masked and object arrays are a TypeError: they would be guesses.
+    Lists, scalars, masked and object arrays are a TypeError: they would be guesses. What has to be copied has been
+    checked before: a broadcast view can be larger than any memory.
     """
-    if type(x) is np.ndarray and x.flags.c_contiguous and x.flags.aligned:
-        return x
-    if _is_cupy(x):
-        return sys.modules["cupy"].ascontiguousarray(x)
+    array = x if type(x) is np.ndarray else _unwrap(function, argument, x)
+    if dtypes:
+        _check.dtype(function, argument, array, dtypes)
+    if axes is not None:
+        _check.shape(function, argument, array, axes)
+    if type(array) is np.ndarray:
+        flags = array.flags
+        return array if flags.c_contiguous and flags.aligned else array.copy()
+    return sys.modules["cupy"].ascontiguousarray(array)
+
+
+def _unwrap(function: str, argument: str, x: Any) -> Array:
+    """The NumPy or CuPy array that ``x`` is or exports."""
     if isinstance(x, np.ma.MaskedArray):
         raise _check.type_error(function, argument, "an array without a mask", "a masked array")
     if isinstance(x, np.ndarray):
-        return np.require(x, requirements=["C", "A"]).view(np.ndarray)
-    if hasattr(x, "__cuda_array_interface__"):
-        import cupy
-
-        return cupy.ascontiguousarray(cupy.asarray(x))
+        return x.view(np.ndarray)
+    if _check.is_cupy(x):
+        return x
     try:
-        if hasattr(x, "__dlpack__"):
-            return np.require(np.from_dlpack(x), requirements=["C", "A"])
-        return np.require(np.asarray(memoryview(x)), requirements=["C", "A"])  # type: ignore[arg-type]
-    except (TypeError, BufferError, ValueError, RuntimeError):
-        raise _check.type_error(function, argument, "an array", _check.describe(x)) from None
+        if hasattr(x, "__cuda_array_interface__"):
+            import cupy
+
+            return cupy.asarray(x)
+        return np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(memoryview(x))
+    except Exception as error:  # whatever the exporter raises
+        what = _check.describe(x)
+        if hasattr(type(x), "__dlpack__"):  # a tensor that requires grad, of a type that NumPy lacks, or on a GPU
+            what += f" ({' '.join(str(error).split())})"
+        raise _check.type_error(function, argument, "an array", what) from None
 
 
 def choose(function: str, backend: str | None, *arrays: Array) -> str:
     """The backend's name for these arrays (None among them is skipped); raises if it was asked for and is not there."""
-    on_gpu = [_is_cupy(x) for x in arrays if x is not None]
-    if any(on_gpu) and not all(on_gpu):
-        raise TypeError(f"{function}: all arrays must be on one device, got NumPy and CuPy arrays together")
-    gpu = any(on_gpu)
+    gpu = False
+    if "cupy" in sys.modules:
+        on_gpu = [_check.is_cupy(x) for x in arrays if x is not None]
+        gpu = any(on_gpu)
+        if gpu and not all(on_gpu):
+            raise TypeError(f"{function}: arrays must be on one device, got NumPy and CuPy arrays together")
     if backend is None:
-        if gpu:
-            return "cupy"
-        return "cpu" if HAS_CORE else "numpy"
+        return "cupy" if gpu else "cpu" if HAS_CORE else "numpy"
     _check.one_of(function, "backend", backend, (None, *NAMES))
+    if not (HAS_CORE if backend == "cpu" else backend == "numpy"):  # _info costs 1 us, and 60 us to look for CuPy
+        info = _info(backend)
+        if not info.available:
+            raise RuntimeError(f"{function}: backend '{backend}' is not available: {info.reason}")
     if (backend in ("cupy", "cuda")) != gpu and arrays:
-        info = backends()[backend]
-        if not info.available:
-            raise RuntimeError(f"{function}: backend '{backend}' is not available: {info.reason}")
-        raise _check.type_error(
-            function, "backend", "one for the arrays' device", f"'{backend}' with {'CuPy' if gpu else 'NumPy'} arrays"
-        )
-    if backend != "numpy":
-        info = backends()[backend]
-        if not info.available:
-            raise RuntimeError(f"{function}: backend '{backend}' is not available: {info.reason}")
+        got = f"'{backend}' with {'CuPy' if gpu else 'NumPy'} arrays"
+        raise _check.type_error(function, "backend", "one for the arrays' device", got)
     return backend

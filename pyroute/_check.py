@@ -2,16 +2,28 @@
 
 Everything here runs before memory is touched. A wrong kind of thing is a TypeError, a wrong value of the right kind a
 ValueError. Arrays are checked by metadata alone, except ids, whose values are checked where a bad one could be read.
+An argument that is right costs 0.1 to 0.4 us; text is built only for one that is wrong.
 """
 
 from __future__ import annotations
 
+import math
 import numbers
+import sys
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 Array = Any
+
+INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
+
+DTYPES = {name: np.dtype(name) for name in (*INTEGERS, "bool", "float16", "float32", "float64")} | {
+    name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
+}
+# dtype.name is built anew on each access, 1.8 us; a dtype of the other byte order is not in the table
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # one axis of an expected shape: its name, and its extent where that is already known
 Axis = tuple[str, "int | None"]
@@ -25,31 +37,47 @@ def value_error(function: str, argument: str, expected: str, got: object) -> Val
     return ValueError(f"{function}: {argument} must be {expected}, got {got}")
 
 
-def describe(x: object) -> str:
+def is_cupy(x: object) -> bool:
+    cupy = sys.modules.get("cupy")  # an array of a module that nobody imported cannot exist
+    return cupy is not None and isinstance(x, cupy.ndarray)
+
+
+def describe(x: Any) -> str:
     """What came, in a few words: ``float32 [4, 8]`` for arrays, the type's name otherwise."""
-    shape = getattr(x, "shape", None)
-    if shape is None:
-        return "None" if x is None else type(x).__name__
-    return f"{getattr(x, 'dtype', '')} {list(shape)}".strip()
+    if x is None:
+        return "None"
+    kind = _dtype_text(x.dtype) if isinstance(x, np.ndarray) or is_cupy(x) else type(x).__name__
+    try:
+        return f"{kind} {list(x.shape)}"
+    except Exception:  # what came may be anything, and its attributes may do anything
+        return kind
+
+
+def _dtype_text(dtype: Any) -> str:
+    return str(dtype) if dtype.isnative else f"{dtype.newbyteorder().name} of the other byte order"
 
 
 def integer(function: str, argument: str, value: Any, low: int, high: int | None = None, high_name: str = "") -> int:
     """An integer in low..high; ``high_name`` names what the upper bound is."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
-        raise type_error(function, argument, "an integer", describe(value))
-    number = int(value)
-    if number < low or (high is not None and number > high):
+    if type(value) is not int:
+        if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
+            raise type_error(function, argument, "an integer", describe(value))
+        value = int(value)
+    if value < low or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"in {low}..{f'{high_name} ({high})' if high_name else high}"
-        raise value_error(function, argument, bound, number)
-    return number
+        raise value_error(function, argument, bound, value)
+    return int(value)
 
 
 def real(function: str, argument: str, value: Any, *, minimum: float | None = None) -> float:
     """A finite real number, at least ``minimum``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise type_error(function, argument, "a number", describe(value))
-    result = float(value)
-    if not np.isfinite(result) or (minimum is not None and result < minimum):
+    try:
+        result = float(value)
+    except OverflowError:  # an int or a fraction past 1.8e308
+        result = math.inf
+    if not math.isfinite(result) or (minimum is not None and result < minimum):
         raise value_error(function, argument, "finite" if minimum is None else f"finite and at least {minimum}", result)
     return result
 
@@ -67,15 +95,20 @@ def _shape_text(axes: tuple[Axis, ...]) -> str:
 
 
 def dtype(function: str, argument: str, x: Array, allowed: tuple[str, ...]) -> None:
-    if x.dtype.name not in allowed or not x.dtype.isnative:
-        raise type_error(function, argument, " or ".join(allowed), str(x.dtype))
+    if _NAMES.get(x.dtype) not in allowed:
+        expected = "of an integer type" if allowed is INTEGERS else " or ".join(allowed)
+        raise type_error(function, argument, expected, _dtype_text(x.dtype))
 
 
 def shape(function: str, argument: str, x: Array, axes: tuple[Axis, ...]) -> None:
-    if x.ndim != len(axes) or any(
-        extent is not None and extent != got for (_, extent), got in zip(axes, x.shape, strict=True)
-    ):
-        raise value_error(function, argument, "of shape " + _shape_text(axes), list(x.shape))
+    extents = x.shape
+    ok = len(extents) == len(axes)
+    if ok:
+        for (_, expected), got in zip(axes, extents, strict=True):
+            if expected is not None and expected != got:
+                ok = False
+    if not ok:
+        raise value_error(function, argument, "of shape " + _shape_text(axes), list(extents))
 
 
 def array(function: str, argument: str, x: Array, dtypes: tuple[str, ...], axes: tuple[Axis, ...]) -> None:
@@ -84,14 +117,17 @@ def array(function: str, argument: str, x: Array, dtypes: tuple[str, ...], axes:
     shape(function, argument, x, axes)
 
 
-def output(function: str, argument: str, out: Array, dtype_name: str, axes: tuple[Axis, ...], *inputs: Array) -> None:
-    """A caller's ``out=``: exact dtype and shape, C-contiguous, writeable, and not sharing memory with an input."""
-    if not hasattr(out, "dtype") or not hasattr(out, "flags"):
+def output(function: str, argument: str, out: Array, like: Any, axes: tuple[Axis, ...], *inputs: Array) -> None:
+    """A caller's ``out=``: dtype ``like`` and shape exactly, C-contiguous, writeable, sharing memory with no input."""
+    on_host = isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray)
+    if not on_host and not is_cupy(out):
         raise type_error(function, argument, "an array", describe(out))
-    array(function, argument, out, (dtype_name,), axes)
-    if not out.flags.c_contiguous or (isinstance(out, np.ndarray) and not (out.flags.aligned and out.flags.writeable)):
+    if out.dtype != like:
+        raise type_error(function, argument, _dtype_text(like), _dtype_text(out.dtype))
+    shape(function, argument, out, axes)
+    if not out.flags.c_contiguous or (on_host and not (out.flags.aligned and out.flags.writeable)):
         raise value_error(function, argument, "C-contiguous, aligned and writeable", "a view that is not")
-    if isinstance(out, np.ndarray) and any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in inputs):
+    if on_host and any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in inputs):
         raise value_error(function, argument, "memory that no input uses", "an overlapping array")
 
 

@@ -171,7 +171,7 @@ def grouped_gemm_wgrad(
     if out is None:
         out = _backend.array_module(offsets).empty([extent for _, extent in axes], "float32")
     else:
-        _check.output(name, argument, out, "float32", axes, *_memory(grad_out), *_memory(a), offsets)
+        _check.output(name, argument, out, _check.DTYPES["float32"], axes, *_memory(grad_out), *_memory(a), offsets)
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm_wgrad(_native(grad_out), _native(a), offsets, out, accumulate)
@@ -220,15 +220,14 @@ def _check_segments(function: str, argument: str, x: Operand, offsets: Array) ->
 def _output(
     function: str, a: Operand, b: Operand, out_dtype: Any, out: Array | None, axes: tuple[tuple[str, int], ...]
 ) -> Array:
-    float32 = any(not isinstance(x, Fp8Array) and x.dtype.name == "float32" for x in (a, b))
-    wanted = "float32" if float32 else "bfloat16"
+    float32 = _check.DTYPES["float32"]
+    dtype = getattr(out, "dtype", None)
     if out_dtype is not None:
-        wanted = _backend.float_dtype(function, "out_dtype", out_dtype, OPERAND_TYPES).name
-    elif out is not None and hasattr(out, "dtype"):
-        wanted = out.dtype.name if out.dtype.name in OPERAND_TYPES else wanted
+        dtype = _backend.float_dtype(function, "out_dtype", out_dtype, OPERAND_TYPES)
+    elif dtype not in (float32, _backend.BFLOAT16):
+        wide = any(x.dtype == float32 for x in (a, b) if not isinstance(x, Fp8Array))
+        dtype = float32 if wide else _backend.BFLOAT16
     if out is not None:
-        _check.output(function, "out", out, wanted, axes, *_memory(a), *_memory(b))
+        _check.output(function, "out", out, dtype, axes, *_memory(a), *_memory(b))
         return out
-    dtype = _backend.BFLOAT16 if wanted == "bfloat16" else wanted
-    xp = _backend.array_module(_memory(a)[0])
-    return xp.empty([extent for _, extent in axes], dtype)
+    return _backend.array_module(_memory(a)[0]).empty([extent for _, extent in axes], dtype)

@@ -122,7 +122,7 @@ def permute(x: Any, plan: RoutePlan, *, out: Any = None, backend: str | None = N
 def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | None) -> Array:
     shape = (("num_rows", plan.num_rows), ("hidden", x.shape[1]))
     if out is not None:
-        _check.output(function, "out", out, x.dtype.name, shape, x)
+        _check.output(function, "out", out, x.dtype, shape, x)
     match _backend.choose(function, backend, x, plan.row_to_token, out):
         case "cpu":
             if out is None:
@@ -232,7 +232,7 @@ def _unpermute(
         topk_weights = _weights(function, topk_weights, plan, rows)
     if out is not None:
         shape = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
-        _check.output(function, "out", out, rows.dtype.name, shape, rows, topk_weights)
+        _check.output(function, "out", out, rows.dtype, shape, rows, topk_weights)
     match _backend.choose(function, backend, rows, plan.token_to_row, topk_weights, out):
         case "cpu":
             if out is None:

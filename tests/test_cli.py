@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import pty
@@ -399,6 +400,14 @@ def test_limits_without_the_compiled_backend(monkeypatch):
     assert measured.copy_gbs > 0.1
     assert measured.fma_gflops is None
     assert measured.read_gbs is None
+
+
+def test_share_of_a_limit():
+    machine = limits.Limits(2, "avx2", 200.0, 100.0, 20.0, 10.0, 40.0, 20.0, 1, 1.0)
+    assert machine.share(1.0, 20e9) == pytest.approx(0.5)
+    assert machine.share(1.0, 20e9, reads=True) == pytest.approx(1.0)
+    assert machine.share(2.0, 20e9, 300e9) == pytest.approx(0.75)
+    assert dataclasses.replace(machine, fma_gflops=None).share(1.0, 1.0) is None
 
 
 def test_probes_refuse_what_they_cannot_read():

@@ -258,7 +258,15 @@ def test_native_code_rejects_what_would_break_memory(cpu_floor):
     wrong = {
         0: [case.gate_up[:, :-1].copy(), case.gate_up[:-1], case.gate_up.astype(np.float64), case.gate_up[0]],
         1: [case.bias[:-1], case.bias[:, 1:].copy()],
-        2: [offsets + 1, offsets * 2, offsets[::-1].copy(), offsets.astype(np.int32), offsets[:0], offsets[:-1]],
+        2: [
+            offsets + 1,
+            offsets * 2,
+            offsets[::-1].copy(),
+            offsets[[0, 3, 2, 1, 4, 5]],
+            offsets.astype(np.int32),
+            offsets[:0],
+            offsets[:-1],
+        ],
         3: [tokens[:-1], tokens.astype(np.int64)],
         4: [case.row_weights[:-1], case.row_weights.astype(np.float64)],
         5: [(3, 1.0, 1.0, 0.0), (-1, 1.0, 1.0, 0.0)],

@@ -38,12 +38,10 @@ class StageTime(NamedTuple):
     flops: int
 
     def as_dict(self, limits: Limits) -> dict[str, Any]:
-        speed = 1e-9 / self.seconds if self.seconds else None
-        rates = {"gbs": speed and self.bytes * speed, "gflops": speed and self.flops * speed}
-        share = None
-        if speed and limits.fma_gflops is not None:
-            share = max(self.bytes * speed / limits.copy_gbs, self.flops * speed / limits.fma_gflops)
-        return {**self._asdict(), **rates, "share_of_limit": share}
+        if not self.seconds:
+            return {**self._asdict(), "gbs": None, "gflops": None, "share_of_limit": None}
+        rates = {"gbs": self.bytes / self.seconds / 1e9, "gflops": self.flops / self.seconds / 1e9}
+        return {**self._asdict(), **rates, "share_of_limit": limits.share(self.seconds, self.bytes, self.flops)}
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, float, Any]:

@@ -44,6 +44,13 @@ class Limits:
     buffer_bytes: int
     steadiness: float  # the lowest ratio of a median run to the best one: near 1 on a quiet machine
 
+    def share(self, seconds: float, nbytes: float, flops: float = 0, *, reads: bool = False) -> float | None:
+        """The shortest time that the hardware allows over this time; ``reads`` where hardly anything is written."""
+        memory = self.read_gbs if reads else self.copy_gbs
+        if memory is None or self.fma_gflops is None:
+            return None
+        return max(nbytes / memory, flops / self.fma_gflops) / 1e9 / seconds
+
     def as_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 

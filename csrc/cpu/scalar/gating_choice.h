@@ -1,0 +1,276 @@
+// The largest keys of a row, best first; ties go to the position met first.
+//
+// Keys are integers in the order of the values. Up to 32 are kept sorted in vector registers: a key enters by a
+// compare, a shift and two selects, without a branch that depends on where. The last of them is the threshold that a
+// vector of candidates is compared with, so past the first few vectors most are passed over whole. Of 256 random keys
+// about 8 + 8 ln(256 / 8) = 36 enter a list of 8. Longer lists are a heap: insertion would cost k / 2 moves each.
+#pragma once
+
+#include "cpu/lanes.h"
+
+namespace pyroute::cpu::PYROUTE_ISA {
+
+template <class Key> constexpr int sign_shift = sizeof(Key) * 8 - 1;
+template <class Key> constexpr Key no_key = static_cast<Key>(uint64_t(1) << 63 >> (63 - sign_shift<Key>));
+template <class Key> constexpr Key key_of_nan = no_key<Key> + 1; // that of -inf is greater by half an exponent range
+
+// NaN lowest, then -inf, ..., -0 equal to +0, ..., +inf; no_key is below them all and no value's.
+template <class V> PYROUTE_INLINE typename Lane<V>::Int order_keys(const V &v) {
+    using Key = typename Lane<typename Lane<V>::Scalar>::Int;
+    using Keys = typename Lane<V>::Int;
+    const Keys bits = bit_cast<Keys>(v + typename Lane<V>::Scalar(0)); // -0 + 0 is +0
+    constexpr Key magnitude = ~no_key<Key>;
+    const Keys keys = bits ^ ((bits >> sign_shift<Key>)&magnitude);
+    return v == v ? keys : Keys{} + key_of_nan<Key>;
+}
+
+template <class Scalar> PYROUTE_INLINE Scalar value_of_key(typename Lane<Scalar>::Int key) {
+    using Key = typename Lane<Scalar>::Int;
+    constexpr Key magnitude = ~no_key<Key>;
+    const auto bits = static_cast<Key>(key ^ ((key >> sign_shift<Key>)&magnitude));
+    return key == key_of_nan<Key> ? static_cast<Scalar>(__builtin_nan("")) : bit_cast<Scalar>(bits);
+}
+
+// --- lanes ----------------------------------------------------------------------------------------------------------
+
+template <class Keys> struct KeyLane;
+template <> struct KeyLane<i32x8> {
+    using Key = int32_t;
+    using Half = int32_t __attribute__((vector_size(16)));
+    static constexpr int width = 8;
+};
+template <> struct KeyLane<i64x4> {
+    using Key = int64_t;
+    using Half = int64_t __attribute__((vector_size(16)));
+    static constexpr int width = 4;
+};
+
+// One bit per lane of a comparison.
+PYROUTE_INLINE unsigned lane_bits(const i32x8 &mask) {
+#if defined(__AVX2__)
+    return static_cast<unsigned>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < 8; ++i)
+        bits |= static_cast<unsigned>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+PYROUTE_INLINE unsigned lane_bits(const i64x4 &mask) {
+#if defined(__AVX2__)
+    return static_cast<unsigned>(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < 4; ++i)
+        bits |= static_cast<unsigned>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+// v moved up by one lane, the last lane of `before` moving in.
+PYROUTE_INLINE i32x8 shifted(const i32x8 &before, const i32x8 &v) {
+#if defined(__clang__)
+    return __builtin_shufflevector(before, v, 7, 8, 9, 10, 11, 12, 13, 14);
+#else
+    return __builtin_shuffle(before, v, i32x8{7, 8, 9, 10, 11, 12, 13, 14});
+#endif
+}
+PYROUTE_INLINE i64x4 shifted(const i64x4 &before, const i64x4 &v) {
+#if defined(__clang__)
+    return __builtin_shufflevector(before, v, 3, 4, 5, 6);
+#else
+    return __builtin_shuffle(before, v, i64x4{3, 4, 5, 6});
+#endif
+}
+
+// --- lists ----------------------------------------------------------------------------------------------------------
+
+// The best `limit` <= lanes keys, sorted, in the last lanes; the lanes before them hold keys that nothing beats.
+template <class Keys, int lanes> struct SortedList {
+    using Key = typename KeyLane<Keys>::Key;
+    static constexpr int width = KeyLane<Keys>::width, vectors = lanes / width;
+    Keys keys[vectors], ids[vectors];
+
+    __attribute__((always_inline)) explicit SortedList(int64_t limit) {
+        for (int v = 0; v < vectors; ++v) {
+            ids[v] = Keys{};
+            for (int lane = 0; lane < width; ++lane)
+                keys[v][lane] = v * width + lane < lanes - limit ? ~no_key<Key> : no_key<Key>;
+        }
+    }
+
+    __attribute__((always_inline)) Key threshold() const { return keys[vectors - 1][width - 1]; }
+
+    __attribute__((always_inline)) void insert(Key key, int64_t id) {
+        const Keys key_lanes = Keys{} + key, id_lanes = Keys{} + static_cast<Key>(id);
+        Keys keys_before = {}, ids_before = {}, loses_before = {};
+        for (int v = 0; v < vectors; ++v) {
+            const Keys old_keys = keys[v], old_ids = ids[v], loses = old_keys < key_lanes;
+            const Keys moves = shifted(loses_before, loses); // what its place takes is the one before, or the new one
+            keys[v] = loses ? (moves ? shifted(keys_before, old_keys) : key_lanes) : old_keys;
+            ids[v] = loses ? (moves ? shifted(ids_before, old_ids) : id_lanes) : old_ids;
+            keys_before = old_keys;
+            ids_before = old_ids;
+            loses_before = loses;
+        }
+    }
+
+    __attribute__((always_inline)) void write(int64_t limit, int32_t *to) const {
+        for (int v = 0; v < vectors; ++v)
+            for (int lane = 0; lane < width; ++lane)
+                if (v * width + lane >= lanes - limit)
+                    to[v * width + lane - (lanes - limit)] = static_cast<int32_t>(ids[v][lane]);
+    }
+};
+
+// Any number of keys, in memory, the worst at the root; sort() puts the best first.
+template <class Key> struct Heap {
+    Key *keys;
+    int32_t *ids;
+    int64_t limit;
+    int64_t count = 0;
+
+    Key threshold() const { return count < limit ? no_key<Key> : keys[0]; }
+
+    void insert(Key key, int64_t id) {
+        if (count < limit)
+            rise(count++, key, static_cast<int32_t>(id));
+        else
+            sink(count, key, static_cast<int32_t>(id));
+    }
+
+    void sort() {
+        for (int64_t last = count - 1; last > 0; --last) {
+            const Key key = keys[last];
+            const int32_t id = ids[last];
+            put(last, keys[0], ids[0]);
+            sink(last, key, id);
+        }
+    }
+
+  private:
+    void put(int64_t at, Key key, int32_t id) {
+        keys[at] = key;
+        ids[at] = id;
+    }
+    bool worse(int64_t at, Key key, int32_t id) const { return keys[at] < key || (keys[at] == key && ids[at] > id); }
+
+    void rise(int64_t at, Key key, int32_t id) {
+        for (; at > 0 && !worse((at - 1) / 2, key, id); at = (at - 1) / 2)
+            put(at, keys[(at - 1) / 2], ids[(at - 1) / 2]);
+        put(at, key, id);
+    }
+
+    // In place of the root of a heap of `size`.
+    void sink(int64_t size, Key key, int32_t id) {
+        int64_t at = 0;
+        for (int64_t child = 1; child < size; child = 2 * at + 1) {
+            if (child + 1 < size && worse(child + 1, keys[child], ids[child]))
+                ++child;
+            if (!worse(child, key, id))
+                break;
+            put(at, keys[child], ids[child]);
+            at = child;
+        }
+        put(at, key, id);
+    }
+};
+
+// --- selection ------------------------------------------------------------------------------------------------------
+
+// Which positions are candidates: all of `count` runs of `size`, or those that `kept` marks.
+struct Candidates {
+    int64_t count, size;
+    const int32_t *kept;
+};
+
+template <class Keys, class List, class Key>
+PYROUTE_INLINE void offer(List &list, const Key *keys, int64_t begin, int64_t end) {
+    constexpr int width = KeyLane<Keys>::width;
+    int64_t i = begin;
+    for (; i + width <= end; i += width)
+        for (unsigned better = lane_bits(load<Keys>(keys + i) > list.threshold()); better; better &= better - 1) {
+            const int64_t at = i + __builtin_ctz(better);
+            if (keys[at] > list.threshold()) // it may have risen since the comparison
+                list.insert(keys[at], at);
+        }
+    for (; i < end; ++i)
+        if (keys[i] > list.threshold())
+            list.insert(keys[i], i);
+}
+
+template <class Keys, class List, class Key>
+PYROUTE_INLINE void offer(List &list, const Key *keys, const Candidates &candidates) {
+    for (int64_t run = 0; run < candidates.count; ++run)
+        if (!candidates.kept || candidates.kept[run])
+            offer<Keys>(list, keys, run * candidates.size, (run + 1) * candidates.size);
+}
+
+template <class Keys, int lanes, class Key>
+__attribute__((noinline)) void best_in_registers(const Key *keys, const Candidates &candidates, int64_t limit,
+                                                 int32_t *ids) {
+    SortedList<Keys, lanes> list(limit);
+    offer<Keys>(list, keys, candidates);
+    list.write(limit, ids);
+}
+
+// Positions of the `limit` best keys, best first. There are at least `limit` candidates; `list_keys` has room for as
+// many.
+template <class Keys, class Key>
+__attribute__((noinline)) void best_positions(const Key *keys, const Candidates &candidates, int64_t limit,
+                                              int32_t *ids, Key *heap_keys) {
+    if (limit <= 8)
+        return best_in_registers<Keys, 8>(keys, candidates, limit, ids);
+    if (limit <= 16)
+        return best_in_registers<Keys, 16>(keys, candidates, limit, ids);
+    if (limit <= 32)
+        return best_in_registers<Keys, 32>(keys, candidates, limit, ids);
+    Heap<Key> heap{heap_keys, ids, limit};
+    offer<Keys>(heap, keys, candidates);
+    heap.sort();
+}
+
+// --- two of a group -------------------------------------------------------------------------------------------------
+
+// The largest and the second largest, lane by lane.
+template <class Keys> struct TopTwo {
+    Keys first, second;
+};
+
+template <class Keys> PYROUTE_INLINE TopTwo<Keys> merge(const TopTwo<Keys> &a, const TopTwo<Keys> &b) {
+    const Keys first = a.first > b.first ? a.first : b.first, loser = a.first > b.first ? b.first : a.first;
+    const Keys second = a.second > b.second ? a.second : b.second;
+    return {first, loser > second ? loser : second};
+}
+
+template <class Keys> PYROUTE_INLINE TopTwo<typename KeyLane<Keys>::Key> over_lanes(const TopTwo<Keys> &lanes) {
+    using Key = typename KeyLane<Keys>::Key;
+    using Half = typename KeyLane<Keys>::Half;
+    struct Halves {
+        Half low, high;
+    };
+    const auto first = bit_cast<Halves>(lanes.first), second = bit_cast<Halves>(lanes.second);
+    const TopTwo<Half> half = merge(TopTwo<Half>{first.low, second.low}, TopTwo<Half>{first.high, second.high});
+    TopTwo<Key> top{half.first[0], half.second[0]};
+    for (int lane = 1; lane < KeyLane<Keys>::width / 2; ++lane)
+        top = merge(top, TopTwo<Key>{half.first[lane], half.second[lane]});
+    return top;
+}
+
+// Of `count` keys; no_key where there is none.
+template <class Keys, class Key> PYROUTE_INLINE TopTwo<Key> top_two(const Key *keys, int64_t count) {
+    constexpr int width = KeyLane<Keys>::width;
+    const Keys none = Keys{} + no_key<Key>;
+    TopTwo<Keys> lanes{none, none};
+    int64_t i = 0;
+    for (; i + width <= count; i += width)
+        lanes = merge(lanes, {load<Keys>(keys + i), none});
+    if (i < count) {
+        Keys rest = none;
+        memcpy(&rest, keys + i, static_cast<size_t>(count - i) * sizeof(Key));
+        lanes = merge(lanes, {rest, none});
+    }
+    return over_lanes(lanes);
+}
+
+} // namespace pyroute::cpu::PYROUTE_ISA
