@@ -69,15 +69,15 @@ struct LossTermsArgs {
     double *terms;        // [T]: <P_t, f> in the Scalar type, or logsumexp squared
 };
 
-// Each expert takes its best tokens by softmax score. R real tokens, C = capacity, both C <= R.
+// Each expert takes its best tokens by softmax score. R = num_real, C = capacity.
 struct ExpertChoiceArgs {
     Logits logits;
-    const int32_t *tokens; // [R] ids of the real tokens, ascending; anything outside [0, T) is an undefined choice
-    int64_t num_real;      // R
-    int64_t capacity;      // C
-    void *keys;            // workspace, int32 [E, R], int64 for float64 logits
-    int32_t *token_idx;    // [E, C]
-    void *token_weights;   // Scalar [E, C]
+    const int32_t *tokens; // [R] ids of the real tokens, ascending and in [0, T)
+    int64_t num_real;
+    int64_t capacity;
+    void *keys;          // workspace, int32 [E, R], int64 for float64 logits
+    int32_t *token_idx;  // [E, C]; -1 past the R-th
+    void *token_weights; // Scalar [E, C]
 };
 
 } // namespace pyroute

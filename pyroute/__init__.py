@@ -2,6 +2,7 @@
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
 from .gating import Gating, topk_gating, topk_gating_backward
+from .gating_expert_choice import ExpertChoice, expert_choice_gating
 from .gating_losses import balance_loss, update_bias, z_loss
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .moe import MoeGradients, MoeSaved, moe_backward, moe_forward
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendInfo",
+    "ExpertChoice",
     "Fp8Array",
     "Gating",
     "MoeGradients",
@@ -32,6 +34,7 @@ __all__ = [
     "backends",
     "balance_loss",
     "dequantize_fp8",
+    "expert_choice_gating",
     "get_num_threads",
     "grouped_gemm",
     "grouped_gemm_dgrad",

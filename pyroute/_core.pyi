@@ -118,6 +118,9 @@ def topk_gating_backward(
     z_scale: float,
     grad_logits: _Array,
 ) -> None: ...
+def expert_choice(
+    logits: _Array, type: str, tokens: _Array, keys: _Array, token_idx: _Array, token_weights: _Array
+) -> None: ...
 def gating_loss_terms(
     score: str,
     logits: _Array,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from .router_config import RouterConfig
 
 LOGITS = ("float32", "bfloat16", "float16", "float64")
 SCOPES = ("batch", "sequence", "global")
+
+
+dtype_name = functools.cache(lambda dtype: str(dtype.name))  # dtype.name costs 2 us, a call for one token 5
 
 
 def weight_dtype(logits: Array) -> str:

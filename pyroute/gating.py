@@ -92,7 +92,7 @@ def topk_gating(
             idx, weights = np.empty(shape, np.int32), np.empty(shape, contract.weight_dtype(z))
             counts = np.empty(router.num_experts, np.int32)
             fields = contract.core_router(router)
-            _backend.core.topk_gating(fields, z, z.dtype.name, b, ids, mask, idx, weights, counts)
+            _backend.core.topk_gating(fields, z, contract.dtype_name(z.dtype), b, ids, mask, idx, weights, counts)
             return Gating(idx, weights, counts)
         case _:
             xp = _backend.array_module(z)
@@ -176,7 +176,7 @@ def topk_gating_backward(
             fractions, _, scales, of_token = balance or (None, None, None, None)
             fields = contract.core_router(router)
             _backend.core.topk_gating_backward(
-                fields, grad, z, z.dtype.name, ids, mask, fractions, scales, of_token, z_scale, out
+                fields, grad, z, contract.dtype_name(z.dtype), ids, mask, fractions, scales, of_token, z_scale, out
             )
             return out
         case _:

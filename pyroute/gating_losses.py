@@ -78,7 +78,7 @@ def balance_loss(
         case "cpu":
             terms = np.empty(z.shape[0])
             parts = balance.fractions, balance.scales, balance.sequence
-            _backend.core.gating_loss_terms(router.score, z, z.dtype.name, *parts, terms)
+            _backend.core.gating_loss_terms(router.score, z, contract.dtype_name(z.dtype), *parts, terms)
         case _:
             terms = array_losses.balance_loss_terms(xp, z, router, balance)
     return array_losses.sum_tokens(xp, terms * balance.weights[balance.sequence], mask)
@@ -116,7 +116,7 @@ def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -
     match chosen:
         case "cpu":
             terms = np.empty(z.shape[0])
-            _backend.core.gating_loss_terms("softmax", z, z.dtype.name, None, None, None, terms)
+            _backend.core.gating_loss_terms("softmax", z, contract.dtype_name(z.dtype), None, None, None, terms)
         case _:
             terms = array_losses.z_loss_terms(xp, z)
     num_real = z.shape[0] if mask is None else int(mask.sum())

@@ -140,6 +140,24 @@ void topk_gating_backward(const py::tuple &fields, const py::array &grad_weights
     cpu::topk_gating_backward(args);
 }
 
+void expert_choice(const py::array &logits, const std::string &type, const py::array &tokens, py::array keys,
+                   py::array token_idx, py::array token_weights) {
+    ExpertChoiceArgs args;
+    args.logits = logits_of(logits, type);
+    const int64_t experts = args.logits.num_experts;
+    args.num_real = tokens.size();
+    args.tokens = input<int32_t>(tokens, "tokens", {args.num_real});
+    for (int64_t i = 0; i < args.num_real; ++i)
+        if (args.tokens[i] < 0 || args.tokens[i] >= args.logits.num_tokens)
+            refuse("tokens must be rows of logits");
+    args.capacity = token_idx.ndim() == 2 ? token_idx.shape(1) : 0;
+    args.token_idx = output<int32_t>(token_idx, "token_idx", {experts, args.capacity});
+    args.token_weights = scalar_output(token_weights, "token_weights", args.logits, {experts, args.capacity});
+    args.keys = scalar_output(keys, "keys", args.logits, {experts, args.num_real});
+    py::gil_scoped_release release;
+    cpu::expert_choice(args);
+}
+
 void gating_loss_terms(const std::string &score, const py::array &logits, const std::string &type,
                        const py::object &fractions, const py::object &scales, const py::object &sequence,
                        py::array terms) {
@@ -157,6 +175,7 @@ void gating_loss_terms(const std::string &score, const py::array &logits, const 
 void bind_gating(py::module_ &module) {
     module.def("topk_gating", &topk_gating);
     module.def("topk_gating_backward", &topk_gating_backward);
+    module.def("expert_choice", &expert_choice);
     module.def("gating_loss_terms", &gating_loss_terms);
 }
 

@@ -33,6 +33,19 @@ void topk_gating(const GatingArgs &args) {
             ++args.tokens_per_expert[args.topk_idx[i]];
 }
 
+void expert_choice(const ExpertChoiceArgs &args) {
+    const auto &kernels = current_gating_kernels();
+    Logits real = args.logits;
+    real.num_tokens = args.num_real;
+    over_tokens(real, [&](int64_t begin, int64_t end, void *scratch) {
+        kernels.expert_choice_keys(args, begin, end, scratch);
+    });
+    parallel_chunks(args.logits.num_experts, 1, [&](int64_t begin, int64_t end) {
+        const std::unique_ptr<int64_t[]> heap(new int64_t[static_cast<size_t>(args.capacity)]);
+        kernels.expert_choice(args, begin, end, heap.get());
+    });
+}
+
 void topk_gating_backward(const GatingBackwardArgs &args) {
     const auto backward = current_gating_backward_kernels().backward;
     over_tokens(args.logits, [&](int64_t begin, int64_t end, void *scratch) { backward(args, begin, end, scratch); });

@@ -17,6 +17,8 @@ constexpr int64_t gating_scratch_rows = 16;
 // Kernels take tokens (choose: experts) [begin, end) and the scratch memory of their thread.
 struct GatingKernels {
     void (*forward)(const GatingArgs &args, int64_t begin, int64_t end, void *scratch);
+    void (*expert_choice_keys)(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *scratch); // real tokens
+    void (*expert_choice)(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *heap); // experts, C keys
 };
 
 struct GatingBackwardKernels {

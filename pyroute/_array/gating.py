@@ -84,3 +84,41 @@ def topk_gating(
         weights = xp.where(routed, weights * z.dtype.type(config.scaling_factor), z.dtype.type(0))
         counts = xp.bincount(idx[routed], minlength=config.num_experts)
         return idx, canonical(xp, weights), counts.astype(xp.int32)
+
+
+# --- expert choice ----------------------------------------------------------------------------------------------------
+
+
+def expert_choice(xp: Any, logits: Array, capacity: int, tokens: Array) -> tuple[Array, Array]:
+    """Token ids [E, C] int32 and weights [E, C] among ``tokens`` (ascending ids); -1 and 0 past the last of them."""
+    num_experts = logits.shape[1]
+    taken = min(capacity, tokens.size)
+    with np.errstate(all="ignore"):
+        z = to_scalar(xp, logits[tokens])
+        p = scores(xp, z, "softmax").T
+        best = best_first(xp, order_keys(xp, p), taken)
+        idx = xp.full((num_experts, capacity), -1, xp.int32)
+        weights = xp.zeros((num_experts, capacity), z.dtype)
+        idx[:, :taken] = tokens[best]
+        weights[:, :taken] = canonical(xp, xp.take_along_axis(p, best, axis=1))
+    return idx, weights
+
+
+def by_token(xp: Any, token_idx: Array, token_weights: Array, num_tokens: int) -> tuple[Array, Array, Array]:
+    """[E, C] as ids [T, K], weights [T, K] and counts [E]; a token's experts ascend, -1 and 0 fill the rest."""
+    num_experts, capacity = token_idx.shape
+    experts = xp.repeat(xp.arange(num_experts, dtype=xp.int32), capacity)
+    tokens, weights = token_idx.reshape(-1), token_weights.reshape(-1)
+    taken = xp.nonzero(tokens >= 0)[0]
+    order = taken[xp.argsort(tokens[taken], kind="stable")]  # by token, then by expert
+    tokens = tokens[order]
+    per_token = xp.bincount(tokens, minlength=num_tokens)
+    first = xp.cumsum(per_token) - per_token
+    slot = xp.arange(tokens.size) - first[tokens]
+    top_k = max(1, int(per_token.max()) if num_tokens else 1)
+    idx = xp.full((num_tokens, top_k), -1, xp.int32)
+    by_slot = xp.zeros((num_tokens, top_k), token_weights.dtype)
+    idx[tokens, slot] = experts[order]
+    by_slot[tokens, slot] = weights[order]
+    counts = xp.bincount(experts[order], minlength=num_experts)
+    return idx, by_slot, counts.astype(xp.int32)

@@ -182,8 +182,55 @@ void forward(const GatingArgs &args, int64_t begin, int64_t end, void *workspace
         gate_tokens<float>(args, begin, end, workspace);
 }
 
+// --- expert choice ------------------------------------------------------------------------------------------------
+
+// Keys of the scores, by expert.
+template <class Scalar> void score_keys(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *workspace) {
+    using V = Wide<Scalar>;
+    using Key = typename Lane<Scalar>::Int;
+    const int64_t num_experts = args.logits.num_experts, row = padded(num_experts);
+    const ForwardRows<Scalar> rows(workspace, num_experts);
+    for (int64_t i = begin; i < end; ++i) {
+        load_row(args.logits, args.tokens[i], rows.logits);
+        const Scalar sum = exp_row(rows.logits, largest_of_row(rows.logits, row), rows.scores, row);
+        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t e) { return load<V>(rows.scores + e) / sum; });
+        for (int64_t e = 0; e < num_experts; ++e)
+            static_cast<Key *>(args.keys)[e * args.num_real + i] = rows.keys[e];
+    }
+}
+
+template <class Scalar> void choose_tokens(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *heap) {
+    using Key = typename Lane<Scalar>::Int;
+    const int64_t num_real = args.num_real, capacity = args.capacity, taken = capacity < num_real ? capacity : num_real;
+    for (int64_t e = begin; e < end; ++e) {
+        const Key *keys = static_cast<const Key *>(args.keys) + e * num_real;
+        int32_t *ids = args.token_idx + e * capacity;
+        Scalar *weights = static_cast<Scalar *>(args.token_weights) + e * capacity;
+        best_positions<typename Lane<Wide<Scalar>>::Int>(keys, {1, num_real, nullptr}, taken, ids,
+                                                         static_cast<Key *>(heap));
+        for (int64_t j = 0; j < capacity; ++j) {
+            weights[j] = j < taken ? value_of_key<Scalar>(keys[ids[j]]) : Scalar(0);
+            ids[j] = j < taken ? args.tokens[ids[j]] : -1;
+        }
+    }
+}
+
+void expert_choice_keys(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *workspace) {
+    if (args.logits.type == FloatType::float64)
+        score_keys<double>(args, begin, end, workspace);
+    else
+        score_keys<float>(args, begin, end, workspace);
+}
+
+void expert_choice(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *heap) {
+    if (args.logits.type == FloatType::float64)
+        choose_tokens<double>(args, begin, end, heap);
+    else
+        choose_tokens<float>(args, begin, end, heap);
+}
+
 } // namespace
 
-extern const GatingKernels gating_kernels = {forward};
+extern const GatingKernels gating_kernels = {forward, expert_choice_keys, expert_choice};
 
 } // namespace pyroute::cpu::PYROUTE_ISA
