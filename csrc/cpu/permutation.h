@@ -5,9 +5,19 @@
 
 namespace pyroute::cpu {
 
+// Copies of each token's bytes in its rows.
+struct SpreadArgs {
+    int64_t top_k;
+    const int32_t *token_to_row; // [num_tokens, top_k]
+    int64_t row_bytes;
+    const uint8_t *x; // [num_tokens, row_bytes]; null: the token's first row is there, copy it to the others
+    uint8_t *rows;    // [num_rows, row_bytes]
+    bool streaming;   // past the caches: the rows are too many to stay in them
+};
+
 struct PermutationKernels {
     // All for tokens begin to end - 1.
-    void (*permute)(const PermuteArgs &, int64_t begin, int64_t end);        // padding rows are left alone
+    void (*spread)(const SpreadArgs &, int64_t begin, int64_t end);
     void (*unpermute[4])(const UnpermuteArgs &, int64_t begin, int64_t end); // by FloatType
     void (*unpermute_backward[4])(const UnpermuteBackwardArgs &, int64_t begin, int64_t end);
 };
