@@ -75,7 +75,10 @@ PYROUTE_INLINE void store_elements(typename Type::Storage *to, const typename Ty
 }
 
 // Every NaN as the one quiet NaN, so that bytes agree between machines.
-PYROUTE_INLINE f32x8 canonical(const f32x8 &v) { return v == v ? v : bit_cast<f32x8>(u32x8{} + 0x7fc00000); }
+PYROUTE_INLINE f32x8 canonical(const f32x8 &v) {
+    const i32x8 nan = less(i32x8{} + 0x7f800000, bit_cast<i32x8>(v) & 0x7fffffff);
+    return select(nan, bit_cast<f32x8>(u32x8{} + 0x7fc00000), v);
+}
 PYROUTE_INLINE f64x8 canonical(const f64x8 &v) { return v == v ? v : bit_cast<f64x8>(i64x8{} + 0x7ff8000000000000); }
 
 } // namespace pyroute::cpu::PYROUTE_ISA

@@ -3,12 +3,8 @@
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
-void encode_e4m3(const float *x, uint8_t *codes) {
-    store(codes, __builtin_convertvector(fp8_encode<E4m3>(load<f32x8>(x)), u8x8));
-}
-void encode_e5m2(const float *x, uint8_t *codes) {
-    store(codes, __builtin_convertvector(fp8_encode<E5m2>(load<f32x8>(x)), u8x8));
-}
+void encode_e4m3(const float *x, uint8_t *codes) { store(codes, fp8_encode<E4m3>(load<f32x8>(x))); }
+void encode_e5m2(const float *x, uint8_t *codes) { store(codes, fp8_encode<E5m2>(load<f32x8>(x))); }
 void decode_e4m3(const uint8_t *codes, float *x) { store(x, E4m3::decode(load<u8x8>(codes))); }
 void decode_e5m2(const uint8_t *codes, float *x) { store(x, E5m2::decode(load<u8x8>(codes))); }
 void decode32_e4m3(const uint8_t *codes, float *x) { fp8_decode32(E4m3{}, codes, x); }

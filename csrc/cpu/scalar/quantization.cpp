@@ -27,26 +27,21 @@ template <class Type> PYROUTE_INLINE f32x8 load_f32(const typename Type::Storage
     return as_f32(load_elements<Type>(from, count));
 }
 
-PYROUTE_INLINE i32x8 max_lanes(const i32x8 &a, const i32x8 &b) { return a > b ? a : b; }
-
 PYROUTE_INLINE i32x8 magnitude_bits(const f32x8 &x) { return bit_cast<i32x8>(x) & 0x7fffffff; }
 
 // Only finite magnitudes, the others as 0, if `finite_only`.
 template <bool finite_only> PYROUTE_INLINE i32x8 counted(const f32x8 &x) {
     const i32x8 bits = magnitude_bits(x);
-    return finite_only ? bits & (bits < infinity_bits) : bits;
+    return finite_only ? bits & less(bits, i32x8{} + infinity_bits) : bits;
 }
 
 template <class Format> PYROUTE_INLINE f32x8 scale_of(const i32x8 &amax_bits, bool power_of_two) {
     const f32x8 amax = bit_cast<f32x8>(amax_bits);
-    f32x8 scale = amax < Format::max_value * 0x1p-126f ? broadcast<f32x8>(1.0f) : amax / Format::max_value;
+    const i32x8 tiny = less(amax, broadcast<f32x8>(Format::max_value * 0x1p-126f));
+    f32x8 scale = select(tiny, broadcast<f32x8>(1.0f), amax / Format::max_value);
     if (power_of_two)
         scale = bit_cast<f32x8>((bit_cast<u32x8>(scale) + 0x7fffff) & 0x7f800000);
     return scale;
-}
-
-template <class Format> PYROUTE_INLINE u8x8 encode(const f32x8 &x) {
-    return __builtin_convertvector(fp8_encode<Format>(x), u8x8);
 }
 
 // Largest magnitude, as bits, of `rows` rows of `n` elements that are `pitch` apart.
@@ -78,48 +73,55 @@ void quantize_block(const typename Type::Storage *x, int64_t rows, int64_t n, in
     for (int64_t row = 0; row < rows; ++row, x += pitch, codes += pitch) {
         int64_t c = 0;
         for (; c + 8 <= n; c += 8)
-            store(codes + c, encode<Format>(load_f32<Type>(x + c) * inverse));
+            store(codes + c, fp8_encode<Format>(load_f32<Type>(x + c) * inverse));
         if (c < n) {
-            const u8x8 last = encode<Format>(load_f32<Type>(x + c, n - c) * inverse);
+            const u8x8 last = fp8_encode<Format>(load_f32<Type>(x + c, n - c) * inverse);
             memcpy(codes + c, &last, static_cast<size_t>(n - c));
         }
     }
 }
 
-// `vectors` times eight columns whose blocks are one column wide; `count` < 8 only for the last, lone eight.
-template <class Type, class Format, int vectors>
-PYROUTE_INLINE void quantize_columns(const typename Type::Storage *x, int64_t rows, int64_t count, int64_t pitch,
-                                     bool power_of_two, uint8_t *codes, float *scales) {
-    const auto at = [&](int64_t row, int v) {
+// Blocks of one column: `vectors` times eight of them, or the last `count` < 8.
+template <class Type, class Format, int vectors, bool partial>
+void quantize_columns(const typename Type::Storage *x, int64_t rows, int64_t count, int64_t pitch, bool power_of_two,
+                      uint8_t *codes, float *scales) {
+    const auto load_at = [&](int64_t row, int v) {
         const typename Type::Storage *from = x + row * pitch + v * 8;
-        return vectors == 1 && count < 8 ? load_f32<Type>(from, count) : load_f32<Type>(from);
+        return partial ? load_f32<Type>(from, count) : load_f32<Type>(from);
     };
     i32x8 most[vectors] = {};
-    f32x8 inverse[vectors];
     for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v)
-            most[v] = max_lanes(most[v], counted<true>(at(row, v)));
+            most[v] = max_lanes(most[v], counted<true>(load_at(row, v)));
+    f32x8 inverse[vectors];
+#pragma GCC unroll 4
     for (int v = 0; v < vectors; ++v) {
         const f32x8 scale = scale_of<Format>(most[v], power_of_two);
         inverse[v] = 1.0f / scale;
-        memcpy(scales + v * 8, &scale, static_cast<size_t>(count < 8 ? count : 8) * sizeof(float));
+        memcpy(scales + v * 8, &scale, partial ? static_cast<size_t>(count) * sizeof(float) : sizeof(scale));
     }
     for (int64_t row = 0; row < rows; ++row)
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
-            const u8x8 result = encode<Format>(at(row, v) * inverse[v]);
-            memcpy(codes + row * pitch + v * 8, &result, static_cast<size_t>(count < 8 ? count : 8));
+            const u8x8 result = fp8_encode<Format>(load_at(row, v) * inverse[v]);
+            memcpy(codes + row * pitch + v * 8, &result, partial ? static_cast<size_t>(count) : sizeof(result));
         }
 }
 
 template <class Type, class Format> void quantize_strip(const QuantizeStrip &s) {
     const auto *x = static_cast<const typename Type::Storage *>(s.x);
     if (s.block_cols == 1) {
+        const auto columns = [&](auto quantize, int64_t c, int64_t count) {
+            quantize(x + c, s.rows, count, s.cols, s.power_of_two, s.codes + c, s.scales + c);
+        };
         int64_t c = 0;
         for (; c + 32 <= s.cols; c += 32) // 64 to 256 consecutive bytes of every row
-            quantize_columns<Type, Format, 4>(x + c, s.rows, 32, s.cols, s.power_of_two, s.codes + c, s.scales + c);
-        for (; c < s.cols; c += 8)
-            quantize_columns<Type, Format, 1>(x + c, s.rows, s.cols - c, s.cols, s.power_of_two, s.codes + c,
-                                              s.scales + c);
+            columns(quantize_columns<Type, Format, 4, false>, c, 32);
+        for (; c + 8 <= s.cols; c += 8)
+            columns(quantize_columns<Type, Format, 1, false>, c, 8);
+        if (c < s.cols)
+            columns(quantize_columns<Type, Format, 1, true>, c, s.cols - c);
         return;
     }
     for (int64_t c = 0, block = 0; c < s.cols; c += s.block_cols, ++block) {
