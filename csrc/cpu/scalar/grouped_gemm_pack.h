@@ -41,7 +41,8 @@ PYROUTE_INLINE f32x8 load_lanes(const PanelSource &s, const typename Type::Stora
         if (s.block_cols % 8 != 0 || col % 8 != 0)
             for (int i = 1; i < count; ++i)
                 scale[i] = scale_at(s, row, col + i);
-        value *= scale;
+        const i32x8 inside = i32x8{0, 1, 2, 3, 4, 5, 6, 7} < count;
+        value = inside ? value * scale : value; // the zeros behind stay zeros beside an infinite scale
     }
     return value;
 }
