@@ -7,6 +7,7 @@
 #include "cpu/threads.h"
 
 #include <algorithm>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -30,10 +31,20 @@ template <class Share> void run_share(const Share &share, int64_t i) {
 template <class Share> void run(int64_t shares, const Share &share) {
 #if defined(__SANITIZE_THREAD__)
     std::vector<std::thread> threads;
+    std::vector<std::exception_ptr> errors(static_cast<size_t>(shares));
     for (int64_t i = 0; i < shares; ++i)
-        threads.emplace_back([&, i] { run_share(share, i); });
+        threads.emplace_back([&, i] {
+            try {
+                run_share(share, i);
+            } catch (...) {
+                errors[static_cast<size_t>(i)] = std::current_exception();
+            }
+        });
     for (std::thread &thread : threads)
         thread.join();
+    for (const std::exception_ptr &error : errors)
+        if (error)
+            std::rethrow_exception(error);
 #else
     for (int64_t i = shares; i-- > 0;)
         run_share(share, i);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "check.h"
+#include "float_type.h"
 
 namespace pyroute::test {
 
@@ -95,6 +96,35 @@ inline void fill_codes(Random &random, uint8_t *to, int64_t n) { // every code, 
         to[i] = static_cast<uint8_t>(random.next() >> 56);
 }
 
+inline int64_t item_bytes(FloatType type) {
+    return type == FloatType::float32 ? 4 : type == FloatType::float64 ? 8 : 2;
+}
+
+constexpr FloatType all_float_types[] = {FloatType::float32, FloatType::bfloat16, FloatType::float16,
+                                         FloatType::float64};
+constexpr Values all_values[] = {Values::ordinary, Values::integers, Values::wide, Values::extreme, Values::any_bits};
+
+// n numbers of a type that is known at run time.
+using Bytes = Buffer<unsigned char>;
+inline Bytes random_floats(Random &random, Values values, FloatType type, int64_t n, int64_t skip = 0) {
+    Bytes bytes(n * item_bytes(type), skip * item_bytes(type));
+    switch (type) {
+    case FloatType::float32:
+        fill(random, values, reinterpret_cast<float *>(bytes.get()), n);
+        break;
+    case FloatType::bfloat16:
+        fill_bf16(random, values, reinterpret_cast<uint16_t *>(bytes.get()), n);
+        break;
+    case FloatType::float16:
+        fill_f16(random, values, reinterpret_cast<uint16_t *>(bytes.get()), n);
+        break;
+    case FloatType::float64:
+        fill(random, values, reinterpret_cast<double *>(bytes.get()), n);
+        break;
+    }
+    return bytes;
+}
+
 // Sizes at which loops over 4, 8, 32 and 128 items begin and end.
 inline int64_t odd_size(Random &random, int64_t most) {
     static const int64_t edges[] = {1,  2,  3,  4,  5,  7,   8,   9,   15,  16,  17,  31,
@@ -104,6 +134,17 @@ inline int64_t odd_size(Random &random, int64_t most) {
         size = random.one_in(3) ? random.integer(1, most) : random.any_of(edges);
     while (size > most);
     return size;
+}
+
+// Exact comparisons of memory.
+inline bool all_bytes(const void *from, int64_t count, int value) {
+    for (int64_t i = 0; i < count; ++i)
+        if (static_cast<const unsigned char *>(from)[i] != value)
+            return false;
+    return true;
+}
+inline bool same_bytes(const void *a, const void *b, int64_t count) {
+    return std::memcmp(a, b, static_cast<size_t>(count)) == 0;
 }
 
 } // namespace pyroute::test
