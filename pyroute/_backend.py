@@ -11,6 +11,7 @@ the call raises and says why: nothing falls back silently. Importing this module
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any, NamedTuple
 
@@ -24,7 +25,8 @@ try:
 
     core = _core
 except ImportError as error:  # a source tree without the built extension, or a libgomp that is not installed
-    _core_error = str(error)
+    missing = importlib.util.find_spec(f"{__package__}._core") is None  # Python calls that a circular import
+    _core_error = "it is not built for this Python" if missing else str(error)
 HAS_CORE = not _core_error
 
 Array = Any
