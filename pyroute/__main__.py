@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     demo = command("demo", "one MoE layer reads a text: which experts, how fast, how exact; under a minute")
     demo.add_argument("--model", metavar="NAME", choices=presets(), default="deepseek-v3", help="a preset of pyroute")
     demo.add_argument("--tokens", metavar="N", type=positive, help="words to read (4096; 1024 on the NumPy fallback)")
-    demo.add_argument("--full-size", action="store_true", help="the model's own widths instead of what fits a minute")
+    demo.add_argument("--full-size", action="store_true", help="the model's own widths, for as long as that takes")
     demo.add_argument("--backend", choices=("cpu", "numpy"), help="the fastest one by default")
     demo.add_argument("--seed", metavar="N", type=natural, default=0, help="of everything that is drawn at random")
     demo.set_defaults(run=run_demo)

@@ -22,7 +22,7 @@ Array = Any
 
 TOKENS, TOKENS_NUMPY = 4096, 1024  # by default
 NUMPY_FLOPS = 1e9  # the NumPy comparison reads a slice of the text: one forward pass of it costs this much
-NUM_STEPS = 8 + 10 + 3 * len(STAGES)  # of the progress bar
+NUM_STEPS = 6 + 10 + 3 * (len(STAGES) - 1)  # of the progress bar; the activation is not timed alone
 
 
 class Options(NamedTuple):

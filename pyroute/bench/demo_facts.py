@@ -16,6 +16,8 @@ from .terminal import Steps
 Array = Any
 
 BIAS_STEPS = 300
+# About a hundredth of the scores' spread; from there linearly down to 0, so that loads settle instead of swinging.
+FIRST_BIAS_STEP = {"sigmoid": 2e-3, "sqrtsoftplus": 4e-3, "softmax": 4e-2}  # softmax: divided by num_experts
 ERROR_ROWS = 64
 SHOWN_EXPERTS, SHOWN_WORDS = 8, 7
 MOST = 0.5
@@ -59,17 +61,17 @@ def balance(
 ) -> tuple[dict[str, Any], Layer]:
     """Aux-loss-free balancing: route, move each expert's bias by one step, route again."""
     config = layer.config
-    # DeepSeek-V3's step suits scores between 0 and 1; softmax scores lie around 1 / E
-    rate = 1e-3 if config.score != "softmax" else 0.02 / config.num_experts
+    rate = FIRST_BIAS_STEP[config.score] / (config.num_experts if config.score == "softmax" else 1)
     curve = [imbalance(before.tokens_per_expert)]
     load = before.tokens_per_expert
     for i in range(BIAS_STEPS):
         if i % (BIAS_STEPS // 10) == 0:
             step(f"balancing, step {i} of {BIAS_STEPS}")
-        layer = layer._replace(bias=pyroute.update_bias(layer.bias, load, rate, backend=backend))
+        bias = pyroute.update_bias(layer.bias, load, rate * (1 - i / BIAS_STEPS), backend=backend)
+        layer = layer._replace(bias=bias)
         load = choose_experts(layer, logits, backend).tokens_per_expert
         curve.append(imbalance(load))
-    return {"steps": BIAS_STEPS, "rate": rate, "before": curve[0], "after": curve[-1], "curve": curve}, layer
+    return {"steps": BIAS_STEPS, "first_rate": rate, "before": curve[0], "after": curve[-1], "curve": curve}, layer
 
 
 def memory(layer: Layer, shape: ModelShape) -> dict[str, Any]:

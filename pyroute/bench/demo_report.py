@@ -59,8 +59,8 @@ def _show_experts(console: Console, report: dict[str, Any]) -> None:
     _heading(
         console,
         "1  Which experts the words used",
-        f"One column per expert, as high as its number of words; a full column is the busiest expert's {max(load):,}, "
-        f"the mean is {mean:,.0f}.",
+        f"One column per expert, as high as its number of words: {max(load):,} for the busiest one, {mean:,.0f} on "
+        "average. In front of a row stands the number of its first expert.",
     )
     groups = settings["num_groups"]
     per_row = len(load) // groups if groups > 1 and len(load) // groups <= 64 else GROUP_COLUMNS
@@ -101,7 +101,7 @@ def _show_balance(console: Console, balance: dict[str, Any]) -> None:
         "2  Balance",
         "An overloaded expert makes all others wait. A bias per expert, moved by a fixed step against its load, "
         "changes who is chosen and never how much a chosen expert counts. "
-        f"{balance['steps']} steps of {balance['rate']:.3g}:",
+        f"{balance['steps']} steps of {balance['first_rate']:.2g}, shrinking to 0:",
     )
     rows = [
         ("busiest expert / mean", f"{before['max_over_mean']:.2f}", f"{after['max_over_mean']:.2f}"),
@@ -166,7 +166,8 @@ def _show_errors(console: Console, error: dict[str, Any]) -> None:
         console,
         "5  Error against float64",
         f"Of {error['rows']} words' outputs: distance from the same layer in float64 with unrounded weights, "
-        "relative to the output's length. The worst word counts, not the mean.",
+        "relative to the output's length. The worst word counts, not the mean. (An FP8 value has four significant "
+        "bits: each factor alone is off by up to 6 %.)",
     )
     rows = [
         (name, f"{error[key]['worst_row']:.2g}", f"{error[key]['median_row']:.2g}")
@@ -178,9 +179,8 @@ def _show_errors(console: Console, error: dict[str, Any]) -> None:
 def _show_numpy(console: Console, report: dict[str, Any]) -> None:
     numpy = report["numpy"]
     if numpy is None:
-        console.print(
-            "\n[note]This was the NumPy fallback: without the compiled backend there is nothing beside it.[/]"
-        )
+        console.print()
+        show_text(console, "This was the NumPy fallback. The compiled backend would stand beside it here.")
         return
     _heading(
         console,
