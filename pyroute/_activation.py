@@ -88,18 +88,14 @@ def activate_backward(
                 return _array.activate_backward(xp, gate_up, bias, experts, row_weights, program, grad_hidden)
 
 
-def add_bias(rows: Array, bias: Array, experts: ExpertRows, row_weights: Array | None, backend: str) -> Array:
-    """``rows + row_weights * bias`` of each row's expert, [R, N]; padding rows, zero before, stay zero.
-
-    The cpu floor writes it over ``rows``, so rows must be the caller's own.
-    """
+def add_bias(rows: Array, bias: Array, experts: ExpertRows, row_weights: Array | None, backend: str) -> None:
+    """``rows += row_weights * bias`` of each row's expert, [R, N], in place; padding rows are zero and stay so."""
     match backend:
         case "cpu":
             _backend.core.moe_add_bias(rows, bias, *experts, row_weights)
-            return rows
         case _:
             with np.errstate(all="ignore"):
-                return _array.add_bias(_backend.array_module(rows), rows, bias, experts, row_weights)
+                rows[...] = _array.add_bias(_backend.array_module(rows), rows, bias, experts, row_weights)
 
 
 def add_bias_dots(rows: Array, bias: Array, experts: ExpertRows, dots: Array, backend: str) -> Array:

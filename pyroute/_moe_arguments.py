@@ -31,6 +31,16 @@ class Layer(NamedTuple):
     scale_format: ScaleFormat | None  # of quantised activations
     backend: str
 
+    @property
+    def by_expert(self) -> tuple[Operand, Operand, Array | None, Array | None]:
+        """Weights and biases, all [num_experts, ...]."""
+        return self.w_gate_up, self.w_down, self.b_gate_up, self.b_down
+
+    def of_experts(self, experts: slice) -> Layer:
+        """The same layer with some of its experts."""
+        w_gate_up, w_down, b_gate_up, b_down = (None if w is None else w[experts] for w in self.by_expert)
+        return self._replace(w_gate_up=w_gate_up, w_down=w_down, b_gate_up=b_gate_up, b_down=b_down)
+
 
 def check_layer(
     function: str,

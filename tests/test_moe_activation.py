@@ -191,7 +191,7 @@ def test_bias_kernels(cpu_floor, dtype, columns, rng):
     dots = np.where(real, rng.normal(size=count), 0).astype(np.float32)
     bias = rng.normal(size=(len(COUNTS), columns)).astype(dtype)
     for row_weights in (None, weights):
-        by_floor = [_activation.add_bias(rows.copy(), bias, experts, row_weights, b) for b in ("cpu", "numpy")]
+        by_floor = [biased(rows, bias, experts, row_weights, b) for b in ("cpu", "numpy")]
         assert_same_bytes(*by_floor)
         assert (by_floor[0][~real] == 0).all()
         by_floor = [_activation.bias_grad(rows, experts, row_weights, b) for b in ("cpu", "numpy")]
@@ -206,13 +206,19 @@ def test_bias_kernels(cpu_floor, dtype, columns, rng):
     assert (by_floor[0][~real] == 0).all()
 
 
+def biased(rows, *arguments):
+    rows = rows.copy()
+    _activation.add_bias(rows, *arguments)
+    return rows
+
+
 def test_a_bias_is_added_once_and_weighted_once(floor):
     experts = ExpertRows(np.array([0, 2, 3], np.int64), np.array([0, 1, 0], np.int32))
     rows, bias = np.zeros((3, 2), np.float32), np.array([[1, 2], [10, 20]], np.float32)
     weights = np.array([0.5, 2.0, 3.0], np.float32)
-    got = _activation.add_bias(rows.copy(), bias, experts, weights, floor.backend)
+    got = biased(rows, bias, experts, weights, floor.backend)
     np.testing.assert_array_equal(got, [[0.5, 1], [2, 4], [30, 60]])
-    got = _activation.add_bias(rows.copy(), bias, experts, None, floor.backend)
+    got = biased(rows, bias, experts, None, floor.backend)
     np.testing.assert_array_equal(got, [[1, 2], [1, 2], [10, 20]])
 
 

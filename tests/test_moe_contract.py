@@ -1,6 +1,7 @@
 """What the MoE layer promises besides its values: independence of the batch, exact zeros, untouched inputs, errors."""
 
 import runpy
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,42 @@ def test_alignment_changes_no_byte(floor, kind, weight_on):
     plain = results(problem, floor.backend)
     for alignment in (4, 16, 128):
         assert_same_results(results(problem, floor.backend, alignment=alignment), plain)
+
+
+@pytest.mark.parametrize("weight_on", WEIGHT_ON)
+@pytest.mark.parametrize("kind", KINDS)
+def test_working_in_parts_changes_no_byte(floor, kind, weight_on, monkeypatch):
+    problem = Problem(kind, "swiglu_oai", weight_on, bias=True, sizes=(30, 3, 9, 21, 13))
+    whole = results(problem, floor.backend, alignment=4)
+    row = 26 * problem.dtype.itemsize
+    for rows in (0, 1, 20, 50):  # one expert at a time, ..., several
+        monkeypatch.setattr(pyroute.moe, "PART_BYTES", rows * row)
+        assert_same_results(results(problem, floor.backend, alignment=4), whole)
+
+
+def test_parts_are_runs_of_experts_that_fit(monkeypatch):
+    plan = pyroute.plan_routes(np.array([[0], [0], [0], [2], [3], [3], [4], [4], [4], [4]]), 6, backend="numpy")
+    problem = Problem(sizes=(10, 1, 6, 4, 2))
+    _, saved = problem.forward("numpy", return_saved=True)
+    monkeypatch.setattr(pyroute.moe, "PART_BYTES", 3 * 4 * 4)  # three rows
+    parts = list(pyroute.moe._parts(saved.layer, plan))
+    assert [(part.experts.start, part.experts.stop) for part in parts] == [(0, 2), (2, 4), (4, 5), (5, 6)]
+    assert [(part.rows.start, part.rows.stop) for part in parts] == [(0, 3), (3, 6), (6, 10), (10, 10)]
+
+
+def test_memory_between_the_steps_is_bounded(monkeypatch):
+    """Beyond y and one row of `hidden` per slot the forward pass holds a few parts, not [rows, 3 * intermediate]."""
+    problem = Problem("float32", sizes=(2000, 4, 17, 32, 256))
+    part, rows = 2**20, np.count_nonzero(problem.topk_idx >= 0)
+    assert rows * 3 * 256 * 4 > 12 * part
+    monkeypatch.setattr(pyroute.moe, "PART_BYTES", part)
+    backend = "cpu" if _backend.HAS_CORE else "numpy"
+    problem.forward(backend)
+    tracemalloc.start()
+    problem.forward(backend)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < (rows + 2 * 2000) * 32 * 4 + 6 * part
 
 
 @pytest.mark.parametrize("weight_on", WEIGHT_ON)
