@@ -55,16 +55,12 @@ def check_layer(
     quantize_activations: Any,
 ) -> Layer:
     """Everything that can be wrong with a call, except the values of the ids."""
-    x = _backend.as_array(function, "x", x)
-    _check.array(function, "x", x, ROW_TYPES, (("num_tokens", None), ("hidden", None)))
+    x = _backend.as_array(function, "x", x, ROW_TYPES, (("num_tokens", None), ("hidden", None)))
     num_tokens, hidden = x.shape
-    topk_idx = _backend.as_array(function, "topk_idx", topk_idx)
-    if topk_idx.dtype.kind not in "iu" or not topk_idx.dtype.isnative:
-        raise _check.type_error(function, "topk_idx", "integers", str(topk_idx.dtype))
-    _check.shape(function, "topk_idx", topk_idx, (("num_tokens", num_tokens), ("top_k", None)))
-    topk_weights = _backend.as_array(function, "topk_weights", topk_weights)
+    slots: tuple[_check.Axis, ...] = (("num_tokens", num_tokens), ("top_k", None))
+    topk_idx = _backend.as_array(function, "topk_idx", topk_idx, _check.INTEGERS, slots)
     slots = (("num_tokens", num_tokens), ("top_k", topk_idx.shape[1]))
-    _check.array(function, "topk_weights", topk_weights, WEIGHT_TYPES, slots)
+    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, WEIGHT_TYPES, slots)
     w_down = _weight(
         function, "w_down", weights[1], (("num_experts", None), ("hidden", hidden), ("intermediate", None))
     )
@@ -76,7 +72,8 @@ def check_layer(
     _check.one_of(function, "weight_on", weight_on, ("output", "pre_down", "input"))
     scale_format = _scale_format(function, quantize_activations)
     if scale_format is not None and not (isinstance(w_gate_up, Fp8Array) and isinstance(w_down, Fp8Array)):
-        raise _check.value_error(function, "quantize_activations", "False unless both weights are Fp8Arrays", "True")
+        expected = "False unless both weights are Fp8Arrays"
+        raise _check.value_error(function, "quantize_activations", expected, repr(quantize_activations))
     arrays = [x, topk_idx, topk_weights, b_gate_up, b_down]
     arrays += [w.codes if isinstance(w, Fp8Array) else w for w in (w_gate_up, w_down)]
     chosen = _backend.choose(function, backend, *arrays)
@@ -90,17 +87,11 @@ def _weight(function: str, argument: str, w: Any, axes: tuple[_check.Axis, ...])
     if isinstance(w, Fp8Array):
         _check.shape(function, argument, w, axes)
         return w
-    w = _backend.as_array(function, argument, w)
-    _check.array(function, argument, w, ROW_TYPES, axes)
-    return w
+    return _backend.as_array(function, argument, w, ROW_TYPES, axes)
 
 
 def _bias(function: str, argument: str, bias: Any, axes: tuple[_check.Axis, ...]) -> Array | None:
-    if bias is None:
-        return None
-    bias = _backend.as_array(function, argument, bias)
-    _check.array(function, argument, bias, ROW_TYPES, axes)
-    return bias
+    return None if bias is None else _backend.as_array(function, argument, bias, ROW_TYPES, axes)
 
 
 def _scale_format(function: str, quantize_activations: Any) -> ScaleFormat | None:

@@ -184,17 +184,15 @@ def moe_backward(grad_y: Any, saved: MoeSaved) -> MoeGradients:
     if not isinstance(saved, MoeSaved):
         raise _check.type_error("moe_backward", "saved", "a MoeSaved", _check.describe(saved))
     layer, plan = saved.layer, saved.plan
-    grad_y = _backend.as_array("moe_backward", "grad_y", grad_y)
-    tokens, hidden_size = layer.x.shape
-    _check.array(
-        "moe_backward", "grad_y", grad_y, (layer.x.dtype.name,), (("num_tokens", tokens), ("hidden", hidden_size))
-    )
+    tokens, hidden = layer.x.shape
+    axes = (("num_tokens", tokens), ("hidden", hidden))
+    grad_y = _backend.as_array("moe_backward", "grad_y", grad_y, (layer.x.dtype.name,), axes)
     _backend.choose("moe_backward", None, grad_y, layer.x)
 
     xp, on = _backend.array_module(layer.x), layer.backend
     like = [None if w is None else xp.empty(w.shape, xp.float32) for w in layer.by_expert]
     grads = MoeGradients(None, xp.zeros(layer.topk_weights.shape, xp.float32), *like)
-    grad_rows = xp.empty((plan.num_rows, hidden_size), layer.x.dtype)
+    grad_rows = xp.empty((plan.num_rows, hidden), layer.x.dtype)
     for part in _parts(layer, plan):
         _backward_part(part, grad_y, saved.gate_up[part.rows], grads, grad_rows[part.rows])
     if layer.weight_on == "input":
@@ -242,7 +240,7 @@ def _parts(layer: Layer, plan: RoutePlan) -> Iterator[_Part]:
 def _forward_part(part: _Part, gate_up: Array | None, results: Array) -> None:
     """Fill the experts' ``results``, and ``gate_up`` if it is to be kept."""
     layer, plan = part.layer, part.plan
-    dtype, on, offsets = layer.x.dtype.name, layer.backend, plan.expert_offsets
+    dtype, on, offsets = layer.x.dtype, layer.backend, plan.expert_offsets
     experts = ExpertRows(offsets, plan.row_to_token)
     rows = _rows(layer, plan)
     gate_up = grouped_gemm(rows, layer.w_gate_up, offsets, out_dtype=dtype, out=gate_up, backend=on)
@@ -258,7 +256,7 @@ def _forward_part(part: _Part, gate_up: Array | None, results: Array) -> None:
 def _backward_part(part: _Part, grad_y: Array, gate_up: Array, grads: MoeGradients, grad_rows: Array) -> None:
     """Fill these experts' entries of ``grads`` and their rows of the gradient of x."""
     layer, plan = part.layer, part.plan
-    dtype, on, offsets = layer.x.dtype.name, layer.backend, plan.expert_offsets
+    dtype, on, offsets = layer.x.dtype, layer.backend, plan.expert_offsets
     experts = ExpertRows(offsets, plan.row_to_token)
     row_weights = None if layer.weight_on == "input" else _row_weights(layer.topk_weights, plan)
     grad_results = permute(grad_y, plan, backend=on)
