@@ -50,6 +50,7 @@ struct UnpermuteBackwardArgs {
     const void *topk_weights; // [num_tokens, top_k], float64 for float64 rows, else float32
     void *grad_rows;          // [num_rows, hidden]
     void *grad_topk_weights;  // [num_tokens, top_k], the weights' type
+    bool streaming;           // set by the driver: grad_rows are too many to stay in the caches
 };
 
 } // namespace pyroute

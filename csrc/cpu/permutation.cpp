@@ -55,9 +55,11 @@ int64_t first_row(const RouteMaps &maps, int64_t token) {
     return -1;
 }
 
+// Rows that a reader right after would not find in a last-level cache anyway.
+bool pass_the_caches(const RouteMaps &maps, int64_t row_bytes) { return maps.num_rows * row_bytes > 8 << 20; }
+
 SpreadArgs spread_args(const RouteMaps &maps, const uint8_t *x, uint8_t *rows, int64_t row_bytes) {
-    constexpr int64_t streaming_bytes = 8 << 20; // what a reader right after may still find in a last-level cache
-    return {maps.top_k, maps.token_to_row, row_bytes, x, rows, maps.num_rows * row_bytes > streaming_bytes};
+    return {maps.top_k, maps.token_to_row, row_bytes, x, rows, pass_the_caches(maps, row_bytes)};
 }
 
 } // namespace
@@ -108,9 +110,11 @@ void unpermute(const UnpermuteArgs &args) {
                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
-void unpermute_backward(const UnpermuteBackwardArgs &args) {
+void unpermute_backward(const UnpermuteBackwardArgs &given) {
+    UnpermuteBackwardArgs args = given;
     check_slots(args.maps);
     const int64_t row_bytes = args.hidden * item_size(args.type);
+    args.streaming = pass_the_caches(args.maps, row_bytes);
     zero_padding(args.maps, args.grad_rows, row_bytes);
     const auto kernel = current_permutation_kernels().unpermute_backward[static_cast<int>(args.type)];
     parallel_ranges(args.maps.num_tokens, grain(row_bytes * (2 * args.maps.top_k + 1)),

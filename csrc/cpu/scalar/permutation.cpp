@@ -43,6 +43,16 @@ PYROUTE_INLINE void copy_row(uint8_t *to, const uint8_t *from, int64_t bytes, bo
     memcpy(to, from, static_cast<size_t>(bytes));
 }
 
+// Before another thread may be told that the rows are there.
+PYROUTE_INLINE void finish_streaming(bool streaming) {
+#if defined(__SSE2__)
+    if (streaming)
+        _mm_sfence();
+#else
+    (void)streaming;
+#endif
+}
+
 void spread(const SpreadArgs &args, int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
         const uint8_t *from = args.x ? args.x + token * args.row_bytes : nullptr;
@@ -57,10 +67,7 @@ void spread(const SpreadArgs &args, int64_t begin, int64_t end) {
                 from = to;
         }
     }
-#if defined(__SSE2__)
-    if (args.streaming)
-        _mm_sfence(); // before another thread may be told that the rows are there
-#endif
+    finish_streaming(args.streaming);
 }
 
 // Columns [column, column + 8 * V) of one token, of which `count` exist when V is 1.
@@ -81,9 +88,9 @@ PYROUTE_INLINE void sum_columns(const UnpermuteArgs &args, const int32_t *to_row
     }
     for (int v = 0; v < V; ++v)
         if (V == 1 && count < 8)
-            store_elements<Type>(out + column, canonical(sum[v]), count);
+            store_elements<Type>(out + column, sum[v], count);
         else
-            store_elements<Type>(out + column + 8 * v, canonical(sum[v]));
+            store_elements<Type>(out + column + 8 * v, sum[v]);
 }
 
 // The one routed slot of a token, or -1 if it has none or several.
@@ -126,27 +133,57 @@ template <class Wide> PYROUTE_INLINE typename Lane<Wide>::Scalar tree_sum(const 
     return (a + c) + (b + d);
 }
 
-// One slot: writes weight * grad_y to its row and returns <grad_y, row>.
 template <class Type>
-PYROUTE_INLINE typename Type::Scalar backward_slot(const typename Type::Storage *grad_y,
-                                                   const typename Type::Storage *row, typename Type::Scalar weight,
-                                                   int64_t hidden, typename Type::Storage *grad_row) {
+PYROUTE_INLINE void stream_elements(typename Type::Storage *to, const typename Type::Wide &v) { // `to` aligned to 16
+#if defined(__SSE2__)
+    const auto packed = Type::narrow(v);
+    for (size_t i = 0; i < sizeof(packed); i += 16) {
+        __m128i part;
+        memcpy(&part, reinterpret_cast<const uint8_t *>(&packed) + i, 16);
+        _mm_stream_si128(reinterpret_cast<__m128i *>(reinterpret_cast<uint8_t *>(to) + i), part);
+    }
+#else
+    store_elements<Type>(to, v);
+#endif
+}
+
+template <class Storage> struct BackwardSlot {
+    const Storage *grad_y; // [hidden]
+    const Storage *row;    // [hidden]
+    const Storage *next;   // [hidden], the row after this one, fetched meanwhile
+    Storage *grad_row;     // [hidden]
+    int64_t hidden;
+};
+
+// Writes weight * grad_y to the slot's row and returns <grad_y, row>.
+template <class Type, bool streaming>
+typename Type::Scalar backward_slot(const BackwardSlot<typename Type::Storage> &s, typename Type::Scalar weight) {
     const auto w = broadcast<typename Type::Wide>(weight);
     typename Type::Wide lanes[vectors] = {};
     int64_t column = 0;
-    for (; column + tile <= hidden; column += tile)
+    for (; column + tile <= s.hidden; column += tile) {
+        __builtin_prefetch(s.next + column);
+        __builtin_prefetch(s.next + column + tile / 2);
+#pragma GCC unroll 4
         for (int v = 0; v < vectors; ++v) {
             const int64_t at = column + 8 * v;
-            const auto grad = load_elements<Type>(grad_y + at);
-            lanes[v] += grad * load_elements<Type>(row + at);
-            store_elements<Type>(grad_row + at, canonical(w * grad));
+            const auto grad = load_elements<Type>(s.grad_y + at);
+            lanes[v] += grad * load_elements<Type>(s.row + at);
+            if (streaming)
+                stream_elements<Type>(s.grad_row + at, w * grad);
+            else
+                store_elements<Type>(s.grad_row + at, w * grad);
         }
+    }
     // The last, partial 32: missing columns add +0 to lanes that are never -0.
-    for (int v = 0; v < vectors && column < hidden; ++v, column += 8) {
-        const int64_t count = hidden - column < 8 ? hidden - column : 8;
-        const auto grad = load_elements<Type>(grad_y + column, count);
-        lanes[v] += grad * load_elements<Type>(row + column, count);
-        store_elements<Type>(grad_row + column, canonical(w * grad), count);
+#pragma GCC unroll 4
+    for (int v = 0; v < vectors; ++v, column += 8) {
+        if (column >= s.hidden)
+            break;
+        const int64_t count = s.hidden - column < 8 ? s.hidden - column : 8;
+        const auto grad = load_elements<Type>(s.grad_y + column, count);
+        lanes[v] += grad * load_elements<Type>(s.row + column, count);
+        store_elements<Type>(s.grad_row + column, w * grad, count);
     }
     return tree_sum(lanes);
 }
@@ -158,19 +195,25 @@ template <class Type> void unpermute_backward(const UnpermuteBackwardArgs &args,
     const auto *weights = static_cast<const Scalar *>(args.topk_weights);
     auto *grad_rows = static_cast<Storage *>(args.grad_rows);
     auto *grad_weights = static_cast<Scalar *>(args.grad_topk_weights);
+    const int32_t *to_row = args.maps.token_to_row;
     for (int64_t token = begin; token < end; ++token) {
         const Storage *grad_y = static_cast<const Storage *>(args.grad_y) + token * args.hidden;
         for (int64_t slot = token * args.maps.top_k; slot < (token + 1) * args.maps.top_k; ++slot) {
-            const int64_t row = args.maps.token_to_row[slot];
+            const int64_t row = to_row[slot];
             if (row < 0) {
                 grad_weights[slot] = 0;
                 continue;
             }
-            const Scalar dot = backward_slot<Type>(grad_y, rows + row * args.hidden, weights[slot], args.hidden,
-                                                   grad_rows + row * args.hidden);
+            const int64_t next = slot + 1 < end * args.maps.top_k && to_row[slot + 1] >= 0 ? to_row[slot + 1] : row;
+            const BackwardSlot<Storage> s = {grad_y, rows + row * args.hidden, rows + next * args.hidden,
+                                             grad_rows + row * args.hidden, args.hidden};
+            const bool streaming = args.streaming && reinterpret_cast<uintptr_t>(s.grad_row) % 16 == 0;
+            const Scalar dot =
+                streaming ? backward_slot<Type, true>(s, weights[slot]) : backward_slot<Type, false>(s, weights[slot]);
             grad_weights[slot] = canonical(broadcast<typename Type::Wide>(dot))[0];
         }
     }
+    finish_streaming(args.streaming);
 }
 
 } // namespace

@@ -141,13 +141,13 @@ PYROUTE_INLINE void dequantize_run(const uint8_t *codes, int64_t n, typename Typ
     int64_t c = 0;
     for (; c + 8 <= n; c += 8) {
         const f32x8 value = Format::decode(load<u8x8>(codes + c)) * scale_at(c, 8);
-        store_elements<Type>(out + c, as_wide<Type>(canonical(value)));
+        store_elements<Type>(out + c, as_wide<Type>(value));
     }
     if (c < n) {
         u8x8 last = {};
         memcpy(&last, codes + c, static_cast<size_t>(n - c));
         const f32x8 value = Format::decode(last) * scale_at(c, n - c);
-        store_elements<Type>(out + c, as_wide<Type>(canonical(value)), n - c);
+        store_elements<Type>(out + c, as_wide<Type>(value), n - c);
     }
 }
 
