@@ -206,7 +206,7 @@ void dequantize(Random &random, const Problem &p) {
 } // namespace
 
 int main() {
-    fuzz("test_quantization", 2000, 0x685b92330a064fdf, [](Random &random) {
+    fuzz("test_quantization", 2000, 0x33aef9abbdeec70b, [](Random &random) {
         const Problem problem(random);
         quantize(random, problem);
         dequantize(random, problem);

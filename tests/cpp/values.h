@@ -1,4 +1,5 @@
-// Inputs for kernels. Made by integer arithmetic alone, so that a seed gives the same bytes on every machine.
+// Inputs for kernels. Made by integer arithmetic alone, so that a seed gives the same bytes on every machine. (Two
+// draws never stand in one expression that leaves open which comes first.)
 #pragma once
 
 #include "check.h"
@@ -18,7 +19,8 @@ inline uint32_t extreme_bits(Random &random) {
     static const uint32_t magnitudes[] = {0,          0x7f800000, 0x7fc00000, 0x7f800001, 0x7fffffff, 0x7f7fffff,
                                           0x00000001, 0x007fffff, 0x00800000, 0x43e00000, 0x47600000, 0x7fa5a5a5,
                                           0x3f800000, 0x42b17218, 0x42cff1b5, 0x477fff00};
-    return random.any_of(magnitudes) | static_cast<uint32_t>(random.next() >> 63) << 31;
+    const uint32_t sign = static_cast<uint32_t>(random.next() >> 63) << 31;
+    return random.any_of(magnitudes) | sign;
 }
 
 // float32 bits
