@@ -67,7 +67,7 @@ def run(seed: int, step: Steps) -> dict[str, Any]:
     table: dict[str, dict[str, dict[str, int]]] = {}
     failures: list[dict[str, Any]] = []
     for case in cases(seed):
-        step(f"{case.op}: {case.shape}")
+        step(case.op)
         row = table.setdefault(case.op, {v.name: {"elements": 0, "differing": 0} for v in everyone})
         bounds = case.bounds() if case.bounds else None
         reference = None if bounds else case.run("numpy")

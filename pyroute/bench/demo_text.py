@@ -94,11 +94,18 @@ def _word_vectors(text: Text, rng: np.random.Generator) -> Array:
         information = np.maximum(np.log(together / np.maximum(expected, np.float32(1e-9))), 0)
 
     # A random basis, once through the matrix and back, spans the leading singular vectors well enough.
-    basis = information @ rng.standard_normal((information.shape[1], RANK + 20), dtype=np.float32)
-    basis = np.linalg.qr(information @ (information.T @ np.linalg.qr(basis)[0]))[0]
-    left, singular, _ = np.linalg.svd(basis.T @ information, full_matrices=False)
-    vectors: Array = (basis @ left)[:, :RANK] * np.sqrt(singular[:RANK])
+    basis = _orthonormal(information @ rng.standard_normal((information.shape[1], RANK + 20), dtype=np.float32))
+    basis = _orthonormal(information @ (information.T @ basis))
+    squares, left = np.linalg.eigh(basis.T @ information @ (information.T @ basis))
+    vectors: Array = basis @ (left[:, -RANK:] * np.maximum(squares[-RANK:], 0) ** 0.25)  # times sqrt(singular value)
     return vectors
+
+
+def _orthonormal(y: Array) -> Array:
+    """A basis of the columns of ``y``, through a small matrix: threads wait for each other in a QR of many rows."""
+    squares, vectors = np.linalg.eigh((y.T @ y).astype(np.float64))
+    scale = np.maximum(squares, squares[-1] * 1e-6) ** -0.5
+    return y @ (vectors * scale).astype(np.float32)
 
 
 def _unit(x: Array) -> Array:

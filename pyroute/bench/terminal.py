@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from rich.console import Console
 
+READABLE = 88  # characters: longer lines tire the eye, however wide the terminal
 RAMP = " ▁▂▃▄▅▆▇█"
 INSTALL_RICH = 'needs rich to draw its report: pip install "pyroute-moe[cli]" (or use --json)'
 
@@ -63,14 +64,16 @@ def progress(total: int) -> Iterator[Steps]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
     columns = (SpinnerColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    room = max(10, console.width - 38)  # for the text; longer text would squeeze the bar
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=total)
         begun = 0
 
         def step(what: str) -> None:
             nonlocal begun
-            bar.update(task, description=what, completed=begun)
+            bar.update(task, description=what[:room], completed=begun)
             begun += 1
 
         yield step
@@ -86,7 +89,7 @@ def show_rows(console: Console, rows: Sequence[tuple[str, str]], *, label_width:
         if narrow and label:
             console.print(f"  {label}")
         head = indent if narrow else f"  {label:<{label_width}}  "
-        for line in Text.from_markup(markup).wrap(console, max(10, console.width - len(indent))):
+        for line in Text.from_markup(markup).wrap(console, max(10, min(READABLE, console.width) - len(indent))):
             line.rstrip()
             console.print(Text(head).append_text(line))
             head = indent
@@ -96,7 +99,7 @@ def show_text(console: Console, markup: str, *, indent: int = 0) -> None:
     """A paragraph, wrapped without the blanks that rich leaves at the ends of lines."""
     from rich.text import Text
 
-    for line in Text.from_markup(markup).wrap(console, max(10, console.width - indent)):
+    for line in Text.from_markup(markup).wrap(console, max(10, min(READABLE, console.width) - indent)):
         line.rstrip()
         console.print(Text(" " * indent).append_text(line))
 
