@@ -23,18 +23,29 @@ DTYPES = {name: np.dtype(name) for name in (*INTEGERS, "bool", "float16", "float
     name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 }
 # dtype.name is built anew on each access, 1.8 us; a dtype of the other byte order is not in the table
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+_FLOAT32_MAX = 3.4028234663852886e38
+_LONGEST = 120  # characters of what came, so that a sentence stays one
 
 # one axis of an expected shape: its name, and its extent where that is already known
 Axis = tuple[str, "int | None"]
 
 
 def type_error(function: str, argument: str, expected: str, got: str) -> TypeError:
-    return TypeError(f"{function}: {argument} must be {expected}, got {got}")
+    return TypeError(_sentence(function, argument, expected, got))
 
 
 def value_error(function: str, argument: str, expected: str, got: object) -> ValueError:
-    return ValueError(f"{function}: {argument} must be {expected}, got {got}")
+    if isinstance(got, int) and got.bit_length() > 128:  # Python refuses to print one of 4300 digits
+        got = f"an integer of {got.bit_length()} bits"
+    return ValueError(_sentence(function, argument, expected, str(got)))
+
+
+def _sentence(function: str, argument: str, expected: str, got: str) -> str:
+    got = " ".join(got.split())
+    got = got if len(got) <= _LONGEST else got[:_LONGEST] + "..."
+    return f"{function}: {argument} must be {expected}, got {got}"
 
 
 def is_cupy(x: object) -> bool:
@@ -46,11 +57,10 @@ def describe(x: Any) -> str:
     """What came, in a few words: ``float32 [4, 8]`` for arrays, the type's name otherwise."""
     if x is None:
         return "None"
-    kind = _dtype_text(x.dtype) if isinstance(x, np.ndarray) or is_cupy(x) else type(x).__name__
-    try:
-        return f"{kind} {list(x.shape)}"
-    except Exception:  # what came may be anything, and its attributes may do anything
-        return kind
+    if isinstance(x, np.ndarray) or is_cupy(x):
+        return f"{_dtype_text(x.dtype)} {list(x.shape)}"
+    shape = getattr(x, "shape", None)
+    return f"{type(x).__name__} {list(shape)}" if isinstance(shape, tuple) else type(x).__name__
 
 
 def _dtype_text(dtype: Any) -> str:
@@ -70,16 +80,19 @@ def integer(function: str, argument: str, value: Any, low: int, high: int | None
 
 
 def real(function: str, argument: str, value: Any, *, minimum: float | None = None) -> float:
-    """A finite real number, at least ``minimum``."""
+    """A real number that is finite, in float32 too, and at least ``minimum``."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
         raise type_error(function, argument, "a number", describe(value))
     try:
-        result = float(value)
-    except OverflowError:  # an int or a fraction past 1.8e308
-        result = math.inf
-    if not math.isfinite(result) or (minimum is not None and result < minimum):
-        raise value_error(function, argument, "finite" if minimum is None else f"finite and at least {minimum}", result)
-    return result
+        number = float(value)
+    except OverflowError:  # an int or a fraction
+        number = math.inf
+    if not abs(number) <= _FLOAT32_MAX or (minimum is not None and number < minimum):
+        expected = "in the range of float32" if _FLOAT32_MAX < abs(number) < math.inf else "finite"
+        raise value_error(
+            function, argument, expected + ("" if minimum is None else f" and at least {minimum}"), number
+        )
+    return number
 
 
 def one_of(function: str, argument: str, value: Any, allowed: tuple[Any, ...]) -> Any:
@@ -95,8 +108,8 @@ def _shape_text(axes: tuple[Axis, ...]) -> str:
 
 
 def dtype(function: str, argument: str, x: Array, allowed: tuple[str, ...]) -> None:
-    if _NAMES.get(x.dtype) not in allowed:
-        expected = "of an integer type" if allowed is INTEGERS else " or ".join(allowed)
+    if DTYPE_NAMES.get(x.dtype) not in allowed:
+        expected = "integers" if allowed is INTEGERS else " or ".join(allowed)
         raise type_error(function, argument, expected, _dtype_text(x.dtype))
 
 
@@ -131,10 +144,18 @@ def output(function: str, argument: str, out: Array, like: Any, axes: tuple[Axis
         raise value_error(function, argument, "memory that no input uses", "an overlapping array")
 
 
+def expert_ids(function: str, argument: str, ids: Array, num_experts: int) -> None:
+    """Ids [T, k] of any integer type are experts or -1; the first that is not is named."""
+    if not ids.size or (ids.min() >= -1 and ids.max() < num_experts):  # in the array's own type: 2**64 - 1 is not -1
+        return
+    token, slot = divmod(int(((ids < -1) | (ids >= num_experts)).argmax()), ids.shape[1])
+    expected = f"in 0..{num_experts - 1}, or -1 for not routed"
+    raise value_error(function, f"{argument}[{token}, {slot}]", expected, ids[token, slot])
+
+
 def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: int | None = None) -> Array:
     """Starts of the experts' segments, then the end of the last one, as int64: 0, not decreasing, within the rows."""
-    if offsets.dtype.kind not in "iu" or not offsets.dtype.isnative:
-        raise type_error(function, "expert_offsets", "integers", str(offsets.dtype))
+    dtype(function, "expert_offsets", offsets, INTEGERS)
     shape(function, "expert_offsets", offsets, (("num_experts + 1", None if num_experts is None else num_experts + 1),))
     if offsets.shape[0] < 2:
         raise value_error(function, "expert_offsets", "of shape [num_experts + 1]", list(offsets.shape))
