@@ -114,9 +114,11 @@ _NOT_COVERED = {
 
 def from_model_config(model_config: Any) -> RouterConfig:
     """What :meth:`RouterConfig.from_model_config` returns."""
+    if isinstance(model_config, (str, os.PathLike)):
+        model_config = _from_file(model_config)
     config = _text_part(_as_mapping(model_config))
     model_type = config.get("model_type")
-    if model_type in _NOT_COVERED:
+    if str(model_type) in _NOT_COVERED:
         expected = "a configuration whose routing RouterConfig covers"
         raise _check.value_error(_FUNCTION, "model_config", expected, f"'{model_type}' ({_NOT_COVERED[model_type]})")
     rule = _RULES.get(str(model_type), _UNKNOWN)
@@ -143,12 +145,7 @@ def from_model_config(model_config: Any) -> RouterConfig:
 
 
 def _as_mapping(model_config: Any) -> Mapping[str, Any]:
-    if isinstance(model_config, (str, os.PathLike)):
-        path = Path(model_config)
-        path = path / "config.json" if path.is_dir() else path
-        with path.open(encoding="utf-8") as file:
-            model_config = json.load(file)
-    elif hasattr(model_config, "to_dict"):
+    if hasattr(model_config, "to_dict") and not isinstance(model_config, type):
         model_config = model_config.to_dict()
     if not isinstance(model_config, Mapping):
         expected = "a transformers configuration, a dict or the path of a config.json"
@@ -156,12 +153,23 @@ def _as_mapping(model_config: Any) -> Mapping[str, Any]:
     return model_config
 
 
+def _from_file(place: str | os.PathLike[str]) -> Any:
+    path = Path(place)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or not UTF-8
+        raise _check.value_error(_FUNCTION, "model_config", "the path of a JSON file", f"{path} ({error})") from None
+
+
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The language model's part of a multimodal configuration: the first nesting that counts experts."""
-    while _read(config, "num_experts") is None:
+    for _ in _NESTED:  # no deeper: a configuration that contains itself has an end too
+        if _read(config, "num_experts") is not None:
+            break
         inner = next((config[key] for key in _NESTED if config.get(key) is not None), None)
         if inner is None:
-            return config
+            break
         config = {"model_type": config.get("model_type"), **_as_mapping(inner)}
     return config
 
@@ -184,7 +192,7 @@ def _read(config: Mapping[str, Any], field: str) -> Any:
 def _require(config: Mapping[str, Any], model_type: object, fields: list[str]) -> None:
     missing = [" or ".join(_SPELLINGS[field]) for field in fields if _read(config, field) is None]
     if missing:
-        got = f"one without (model_type {model_type!r}{'' if model_type in _RULES else ', which is not known'})"
+        got = f"one without (model_type {model_type!r}{'' if str(model_type) in _RULES else ', which is not known'})"
         raise _check.value_error(_FUNCTION, "model_config", "a configuration with " + ", and ".join(missing), got)
 
 

@@ -6,6 +6,7 @@ name is then the model that the comment names.
 
 from __future__ import annotations
 
+import difflib
 from typing import NamedTuple
 
 from . import _check
@@ -133,4 +134,10 @@ def model_shape(name: str) -> ModelShape:
 
 
 def _find(function: str, name: str) -> _Model:
-    return _MODELS[_check.one_of(function, "name", name, presets())]
+    if not isinstance(name, str):
+        raise _check.type_error(function, "name", "a string", _check.describe(name))
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, _MODELS, n=1)
+        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        raise _check.value_error(function, "name", "one of pyroute.presets()", repr(name) + hint)
+    return _MODELS[name]
