@@ -92,7 +92,7 @@ def topk_gating(
             idx, weights = np.empty(shape, np.int32), np.empty(shape, contract.weight_dtype(z))
             counts = np.empty(router.num_experts, np.int32)
             fields = contract.core_router(router)
-            _backend.core.topk_gating(fields, z, contract.dtype_name(z.dtype), b, ids, mask, idx, weights, counts)
+            _backend.core.topk_gating(fields, z, _check.DTYPE_NAMES[z.dtype], b, ids, mask, idx, weights, counts)
             return Gating(idx, weights, counts)
         case _:
             xp = _backend.array_module(z)
@@ -149,9 +149,8 @@ def topk_gating_backward(
     if not isinstance(gating, Gating):
         raise _check.type_error(function, "gating", "a Gating", _check.describe(gating))
     ids = contract.expert_ids(function, "gating.topk_idx", gating.topk_idx, z.shape[0], router)
-    grad = _backend.as_array(function, "grad_topk_weights", grad_topk_weights)
     axes = (("num_tokens", z.shape[0]), ("top_k", router.top_k))
-    _check.array(function, "grad_topk_weights", grad, (contract.weight_dtype(z),), axes)
+    grad = _backend.as_array(function, "grad_topk_weights", grad_topk_weights, (contract.weight_dtype(z),), axes)
     contract.bias_array(function, bias, z)
     mask = contract.mask_array(function, token_mask, z.shape[0])
     balance_coef = _check.real(function, "balance_loss_coef", balance_loss_coef)
@@ -176,7 +175,7 @@ def topk_gating_backward(
             fractions, _, scales, of_token = balance or (None, None, None, None)
             fields = contract.core_router(router)
             _backend.core.topk_gating_backward(
-                fields, grad, z, contract.dtype_name(z.dtype), ids, mask, fractions, scales, of_token, z_scale, out
+                fields, grad, z, _check.DTYPE_NAMES[z.dtype], ids, mask, fractions, scales, of_token, z_scale, out
             )
             return out
         case _:

@@ -96,7 +96,7 @@ def expert_choice_gating(
             shape = (z.shape[1], capacity)
             idx, weights = np.empty(shape, np.int32), np.empty(shape, dtype)
             keys = np.empty((z.shape[1], tokens.size), dtype.replace("float", "int"))
-            _backend.core.expert_choice(z, contract.dtype_name(z.dtype), tokens, keys, idx, weights)
+            _backend.core.expert_choice(z, _check.DTYPE_NAMES[z.dtype], tokens, keys, idx, weights)
         case _:
             idx, weights = array_gating.expert_choice(xp, z, capacity, tokens)
     return ExpertChoice(idx, weights, z.shape[0])

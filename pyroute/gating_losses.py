@@ -78,7 +78,7 @@ def balance_loss(
         case "cpu":
             terms = np.empty(z.shape[0])
             parts = balance.fractions, balance.scales, balance.sequence
-            _backend.core.gating_loss_terms(router.score, z, contract.dtype_name(z.dtype), *parts, terms)
+            _backend.core.gating_loss_terms(router.score, z, _check.DTYPE_NAMES[z.dtype], *parts, terms)
         case _:
             terms = array_losses.balance_loss_terms(xp, z, router, balance)
     return array_losses.sum_tokens(xp, terms * balance.weights[balance.sequence], mask)
@@ -116,7 +116,7 @@ def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -
     match chosen:
         case "cpu":
             terms = np.empty(z.shape[0])
-            _backend.core.gating_loss_terms("softmax", z, contract.dtype_name(z.dtype), None, None, None, terms)
+            _backend.core.gating_loss_terms("softmax", z, _check.DTYPE_NAMES[z.dtype], None, None, None, terms)
         case _:
             terms = array_losses.z_loss_terms(xp, z)
     num_real = z.shape[0] if mask is None else int(mask.sum())
@@ -151,11 +151,9 @@ def update_bias(bias: Any, tokens_per_expert: Any, rate: float = 1e-3, *, backen
     Balancing without an auxiliary loss, arXiv:2408.15664.
     """
     function = "update_bias"
-    b = _backend.as_array(function, "bias", bias)
-    _check.array(function, "bias", b, ("float32", "float64"), (("num_experts", None),))
-    counts = contract.integer_array(function, "tokens_per_expert", tokens_per_expert, (("num_experts", b.shape[0]),))
+    b = _backend.as_array(function, "bias", bias, ("float32", "float64"), (("num_experts", None),))
+    counts = contract.loads(function, "tokens_per_expert", tokens_per_expert, b.shape[0])
     step = b.dtype.type(_check.real(function, "rate", rate, minimum=0.0))
     _backend.choose(function, backend, b, counts)
     xp = _backend.array_module(b)
-    counts = counts.astype(xp.int64)
     return b + step * xp.sign(counts.sum() - b.shape[0] * counts).astype(b.dtype)
