@@ -48,6 +48,10 @@ def loss():
     return {**forward(), "gating": gating()}
 
 
+def choice():
+    return {"logits": logits(), "capacity": 2}
+
+
 def router():
     return {"num_experts": 12, "top_k": 4}
 
@@ -133,6 +137,7 @@ BIAS_RULE = [
     Case("negative load", {"tokens_per_expert": np.arange(E) - 1}, ValueError, "tokens_per_expert must be at least 0"),
     Case("load of 2**63", {"tokens_per_expert": np.full(E, 2**63, np.uint64)}, ValueError, "tokens_per_expert must be"),
 ]
+CAPACITY = wrong_integers("capacity", 0, 2**31 - 1)
 WITHOUT_EXPERTS = [case for case in LOGITS if "axis 1" not in case.name]
 
 
@@ -145,6 +150,7 @@ WITHOUT_EXPERTS = [case for case in LOGITS if "axis 1" not in case.name]
         (pyroute.balance_loss, loss, LOGITS + CONFIGS + OTHER_CONFIG + MASK + GATING + scopes("scope")),
         (pyroute.z_loss, lambda: {"logits": logits()}, WITHOUT_EXPERTS + MASK),
         (pyroute.update_bias, bias_rule, BIAS_RULE),
+        (pyroute.expert_choice_gating, choice, WITHOUT_EXPERTS + MASK + CAPACITY),
     ),
 )
 def test_refused(backend, function, legal, case):
@@ -159,6 +165,7 @@ def test_refused(backend, function, legal, case):
         (pyroute.balance_loss, loss, wrong_backends()),
         (pyroute.z_loss, lambda: {"logits": logits()}, wrong_backends()),
         (pyroute.update_bias, bias_rule, wrong_backends()),
+        (pyroute.expert_choice_gating, choice, wrong_backends()),
     ),
 )
 def test_backend_refused(function, legal, case):

@@ -268,7 +268,9 @@ def test_presets_hold_every_model_that_is_promised():
 
 @pytest.mark.parametrize("call", [RouterConfig.preset, model_shape])
 def test_unknown_preset(call):
-    with pytest.raises(ValueError, match=r"(preset|model_shape): name must be one of pyroute.presets\(\), got 'gpt-5' "):
+    with pytest.raises(
+        ValueError, match=r"(preset|model_shape): name must be one of pyroute.presets\(\), got 'gpt-5' "
+    ):
         call("gpt-5")
     with pytest.raises(TypeError, match=r"name must be a string, got int"):
         call(3)
