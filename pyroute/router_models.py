@@ -118,9 +118,10 @@ def from_model_config(model_config: Any) -> RouterConfig:
         model_config = _from_file(model_config)
     config = _text_part(_as_mapping(model_config))
     model_type = config.get("model_type")
-    if str(model_type) in _NOT_COVERED:
+    reason = _NOT_COVERED.get(str(model_type))
+    if reason:
         expected = "a configuration whose routing RouterConfig covers"
-        raise _check.value_error(_FUNCTION, "model_config", expected, f"'{model_type}' ({_NOT_COVERED[model_type]})")
+        raise _check.value_error(_FUNCTION, "model_config", expected, f"'{model_type}' ({reason})")
     rule = _RULES.get(str(model_type), _UNKNOWN)
     needed = ["num_experts", "top_k"]
     needed += ["score"] if rule.score is None else []
