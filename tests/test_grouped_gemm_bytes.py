@@ -1,5 +1,6 @@
 """Grouped GEMM: the same bytes on every instruction set, for any number of threads and in any batch."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -68,6 +69,18 @@ def test_threads_do_not_change_bytes(kind_a, kind_b, threads, rng):
     pyroute.set_num_threads(1)
     for op, result in zip(ops, several, strict=True):
         assert_same_bytes(op(), result)
+
+
+@needs_core
+def test_more_rows_than_are_packed_at_a_time(threads, rng):
+    """19 MiB of packed rows in five runs: several rounds, and runs of one expert in different rounds."""
+    counts, n, k = (2050, 9, 41), 5, 2304
+    offsets = offsets_of(*counts)
+    a, b = rng.integers(-3, 4, (2100, k)).astype(BF16), rng.integers(-3, 4, (3, n, k)).astype(BF16)
+    expected = np.concatenate(
+        [a[i:j].astype(np.float32) @ b[e].T.astype(np.float32) for e, (i, j) in enumerate(itertools.pairwise(offsets))]
+    )
+    np.testing.assert_array_equal(grouped_gemm(a, b, offsets, out_dtype="float32", backend="cpu"), expected)
 
 
 @needs_core
