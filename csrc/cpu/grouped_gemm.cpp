@@ -23,6 +23,8 @@ constexpr int64_t task_rows = 504;                // 42 groups
 constexpr int64_t pack_unit = 48;                 // rows that a thread packs at a time: whole cache lines of columns
 constexpr int64_t column_panel_bytes = 400 << 10; // of L2
 constexpr int64_t round_bytes = 16 << 20;
+constexpr int64_t share_elements = 200 << 10; // packed in 20 us; below that a thread is not worth waking
+constexpr int64_t share_multiply_adds = 1 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -106,16 +108,22 @@ class Round {
         : runs_(runs), kernels_(kernels), output_(output),
           pack_ends_(ends(runs, num_runs, [](const RowRun &r) { return r.num_pack_units(); })),
           task_ends_(ends(runs, num_runs, [](const RowRun &r) { return r.num_tasks(); })) {
-        for (size_t i = 0; i < num_runs; ++i)
+        for (size_t i = 0; i < num_runs; ++i) {
+            const Product &p = *runs[i].product;
+            elements_ += runs[i].num_rows * p.x.length;
+            multiply_adds_ += runs[i].num_rows * p.num_cols * p.x.length;
             if (runs[i].packs_columns())
                 task_blocks_ = std::max(task_blocks_, runs[i].panel_cols / panel_rows * runs[i].blocks());
+        }
     }
 
     int64_t num_tasks() const { return task_ends_.back(); }
     int64_t task_blocks() const { return task_blocks_; } // columns of one task, packed
+    int64_t useful_workers() const { return std::min(num_tasks(), 1 + multiply_adds_ / share_multiply_adds); }
 
     void pack_rows(PanelBlock *rows) const {
-        parallel_ranges(pack_ends_.back(), 2, [&](int64_t begin, int64_t end) {
+        const int64_t units = pack_ends_.back();
+        parallel_ranges(units, 1 + units * share_elements / (elements_ + 1), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const Part part = part_at(pack_ends_, i);
                 const RowRun &run = runs_[part.run];
@@ -154,7 +162,7 @@ class Round {
     const GroupedGemmKernels &kernels_;
     Output output_;
     std::vector<int64_t> pack_ends_, task_ends_;
-    int64_t task_blocks_ = 0;
+    int64_t task_blocks_ = 0, elements_ = 0, multiply_adds_ = 0;
 };
 
 void run_products(const std::vector<Product> &products, Output output) {
@@ -181,7 +189,7 @@ void run_products(const std::vector<Product> &products, Output output) {
     for (const Round &round : rounds) {
         round.pack_rows(rows.at(0));
         std::atomic<int64_t> next_task{0};
-        parallel_ranges(std::min(workers, round.num_tasks()), 1, [&](int64_t worker, int64_t) {
+        parallel_ranges(std::min(workers, round.useful_workers()), 1, [&](int64_t worker, int64_t) {
             for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < round.num_tasks();)
                 round.multiply(task, rows.at(0), columns.at(worker * task_blocks));
         });

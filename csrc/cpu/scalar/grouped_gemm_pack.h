@@ -26,50 +26,74 @@ template <class Format> PYROUTE_INLINE void widen32(Fp8<Format>, const uint8_t *
     fp8_decode32(Format{}, from, to);
 }
 
-// Scale of the block that holds this element of the matrix.
-PYROUTE_INLINE const float &scale_at(const PanelSource &s, int64_t row, int64_t col) {
-    return s.scales[(s.first_block_row + row) / s.block_rows * s.scale_stride + col / s.block_cols];
+PYROUTE_INLINE int smaller(int64_t a, int b) { return a < b ? static_cast<int>(a) : b; }
+
+template <class Type> struct MatrixRow {
+    const typename Type::Storage *elements;
+    const float *scales; // of its blocks, where they are multiplied in
+};
+
+PYROUTE_INLINE const float *row_scales(const PanelSource &s, int64_t row) {
+    return s.scales + (s.first_block_row + row) / s.block_rows * s.scale_stride;
 }
 
-// Elements [col, col + count) of a matrix row at `from`, zeros behind them.
 template <class Type, bool multiply_scales>
-PYROUTE_INLINE f32x8 load_lanes(const PanelSource &s, const typename Type::Storage *from, int64_t row, int64_t col,
-                                int count) {
-    f32x8 value = count == 8 ? load_elements<Type>(from + col) : load_elements<Type>(from + col, count);
+PYROUTE_INLINE MatrixRow<Type> matrix_row(const PanelSource &s, int64_t row) {
+    return {static_cast<const typename Type::Storage *>(s.data) + row * s.stride,
+            multiply_scales ? row_scales(s, row) : nullptr};
+}
+
+// A place in a matrix row. The division, up to 20 cycles, happens once per place and not once per row.
+struct Columns {
+    int64_t col, block; // block of the first one
+    int count;          // 1..8
+};
+template <bool multiply_scales> PYROUTE_INLINE Columns columns_at(const PanelSource &s, int64_t col, int count) {
+    return {col, multiply_scales ? col / s.block_cols : 0, count};
+}
+
+PYROUTE_INLINE f32x8 scales_of(const PanelSource &s, const float *scales, const Columns &at) {
+    if (at.col + at.count <= (at.block + 1) * s.block_cols)
+        return broadcast<f32x8>(scales[at.block]);
+    f32x8 lanes = {};
+    for (int i = 0; i < at.count; ++i)
+        lanes[i] = scales[(at.col + i) / s.block_cols];
+    return lanes;
+}
+
+// Up to eight elements of a matrix row, zeros behind them.
+template <class Type, bool multiply_scales>
+PYROUTE_INLINE f32x8 load_lanes(const PanelSource &s, const MatrixRow<Type> &row, const Columns &at) {
+    const auto *from = row.elements + at.col;
+    const f32x8 value = at.count == 8 ? load_elements<Type>(from) : load_elements<Type>(from, at.count);
     if constexpr (multiply_scales) {
-        f32x8 scale = broadcast<f32x8>(scale_at(s, row, col));
-        if (s.block_cols % 8 != 0 || col % 8 != 0)
-            for (int i = 1; i < count; ++i)
-                scale[i] = scale_at(s, row, col + i);
-        const i32x8 inside = i32x8{0, 1, 2, 3, 4, 5, 6, 7} < count;
-        value = inside ? value * scale : value; // the zeros behind stay zeros beside an infinite scale
+        const f32x8 scaled = value * scales_of(s, row.scales, at);
+        if (at.count == 8)
+            return scaled;
+        return i32x8{0, 1, 2, 3, 4, 5, 6, 7} < at.count ? scaled
+                                                        : value; // the zeros stay zeros beside an infinite scale
     }
     return value;
 }
 
-template <class Type> PYROUTE_INLINE const typename Type::Storage *matrix_row(const PanelSource &s, int64_t row) {
-    return static_cast<const typename Type::Storage *>(s.data) + row * s.stride;
-}
-
-PYROUTE_INLINE int smaller(int64_t a, int b) { return a < b ? static_cast<int>(a) : b; }
-
 // One panel row is a run of a matrix row.
 template <class Type, bool multiply_scales>
-PYROUTE_INLINE void pack_row(const PanelSource &s, int64_t row, int64_t begin, int length, float *to) {
-    const auto *from = matrix_row<Type>(s, row);
+PYROUTE_INLINE void pack_row(const PanelSource &s, int64_t row_index, int64_t begin, int length, float *to) {
+    const auto row = matrix_row<Type, multiply_scales>(s, row_index);
     int i = 0;
     if constexpr (!multiply_scales)
-        for (; i + 32 <= length; i += 32)
-            widen32(Type{}, from + begin + i, to + i);
-    for (; i + 8 <= length; i += 8)
-        store(to + i, load_lanes<Type, multiply_scales>(s, from, row, begin + i, 8));
-    if (i < length)
-        store(to + i, load_lanes<Type, multiply_scales>(s, from, row, begin + i, length - i));
+        for (const auto *from = row.elements + begin; i + 32 <= length; i += 32)
+            widen32(Type{}, from + i, to + i);
+    for (; i < length; i += 8) {
+        const Columns at = columns_at<multiply_scales>(s, begin + i, smaller(length - i, 8));
+        store(to + i, load_lanes<Type, multiply_scales>(s, row, at));
+    }
 }
 
 // v[i][j] becomes v[j][i].
 PYROUTE_INLINE void transpose(f32x8 (&v)[8]) {
     f32x8 t[8], u[8];
+#pragma GCC unroll 8
     for (int i = 0; i < 8; i += 2) {
         t[i] = __builtin_shufflevector(v[i], v[i + 1], 0, 8, 2, 10, 4, 12, 6, 14);
         t[i + 1] = __builtin_shufflevector(v[i], v[i + 1], 1, 9, 3, 11, 5, 13, 7, 15);
@@ -85,24 +109,49 @@ PYROUTE_INLINE void transpose(f32x8 (&v)[8]) {
     }
 }
 
-// Panel rows are the columns [first, first + num_rows): squares of 8 x 8 are transposed in registers. All columns of
-// eight matrix rows are read before the next eight, so that reads are runs and not single elements.
+// Eight columns of `count` matrix rows to eight elements of panel rows `row`, row + 1, ... at `depth`. The square stays
+// in registers where its size is known.
+template <class Type, bool multiply_scales, bool full>
+PYROUTE_INLINE void pack_square(const PanelSource &s, const MatrixRow<Type> (&rows)[8], int count, const Columns &at,
+                                PanelBlock *block, int64_t blocks, int64_t row, int64_t depth) {
+    f32x8 square[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i)
+        square[i] = full || i < count ? load_lanes<Type, multiply_scales>(s, rows[i], at) : f32x8{};
+    transpose(square);
+    block += row / panel_rows * blocks;
+    int64_t in_group = row % panel_rows;
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+        if (!full && j == at.count)
+            break;
+        store(&block->values[in_group][depth], square[j]);
+        if (++in_group == panel_rows) {
+            in_group = 0;
+            block += blocks;
+        }
+    }
+}
+
+// Panel rows are the columns [first, first + num_rows): squares of 8 x 8 are transposed. All columns of eight matrix
+// rows are read before the next eight, so that reads are runs and not single elements.
 template <class Type, bool multiply_scales>
 void pack_columns(const PanelSource &s, int64_t first, int64_t num_rows, int64_t blocks, PanelBlock *panel) {
     for (int64_t depth = 0; depth < s.length; depth += 8) {
         const int count = smaller(s.length - depth, 8);
         PanelBlock *block = panel + depth / panel_depth;
-        for (int64_t col = 0; col < num_rows; col += 8) {
-            const int width = smaller(num_rows - col, 8);
-            f32x8 square[8] = {};
-            for (int i = 0; i < count; ++i)
-                square[i] =
-                    load_lanes<Type, multiply_scales>(s, matrix_row<Type>(s, depth + i), depth + i, first + col, width);
-            transpose(square);
-            for (int j = 0; j < width; ++j) {
-                const int64_t row = col + j;
-                store(&block[row / panel_rows * blocks].values[row % panel_rows][depth % panel_depth], square[j]);
-            }
+        const int64_t in_block = depth % panel_depth;
+        MatrixRow<Type> rows[8];
+        for (int i = 0; i < count; ++i)
+            rows[i] = matrix_row<Type, multiply_scales>(s, depth + i);
+        int64_t row = 0;
+        if (count == 8)
+            for (; row + 8 <= num_rows; row += 8)
+                pack_square<Type, multiply_scales, true>(s, rows, 8, columns_at<multiply_scales>(s, first + row, 8),
+                                                         block, blocks, row, in_block);
+        for (; row < num_rows; row += 8) {
+            const Columns at = columns_at<multiply_scales>(s, first + row, smaller(num_rows - row, 8));
+            pack_square<Type, multiply_scales, false>(s, rows, count, at, block, blocks, row, in_block);
         }
     }
 }
@@ -125,7 +174,8 @@ void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t 
     }
     const int64_t depth = block * panel_depth;
     const int64_t extent = s.columns ? s.block_cols : s.block_rows;
-    const float *scale = s.columns ? &scale_at(s, depth, first_row) : &scale_at(s, first_row, depth);
+    const float *scale =
+        s.columns ? row_scales(s, depth) + first_row / s.block_cols : row_scales(s, first_row) + depth / s.block_cols;
     int64_t in_block = (s.columns ? first_row : s.first_block_row + first_row) % extent;
     for (int i = 0; i < num_rows; ++i) {
         to.scales[i] = *scale;
@@ -141,7 +191,8 @@ template <class Type, bool multiply_scales>
 void pack_row_block(const PanelSource &s, int64_t first, int num_rows, int64_t block, PanelBlock &to) {
     const int length = smaller(s.length - block * panel_depth, panel_depth);
     for (int i = 0; i < num_rows; ++i) {
-        const auto *next = reinterpret_cast<const char *>(matrix_row<Type>(s, first + i) + (block + 1) * panel_depth);
+        const auto *next =
+            reinterpret_cast<const char *>(matrix_row<Type, false>(s, first + i).elements + (block + 1) * panel_depth);
         for (size_t line = 0; line < panel_depth * sizeof(typename Type::Storage); line += 64)
             __builtin_prefetch(next + line);
         pack_row<Type, multiply_scales>(s, first + i, block * panel_depth, length, to.values[i]);
