@@ -112,7 +112,7 @@ PYROUTE_INLINE f32x4 sum_lanes_of_four(const float (*totals)[lanes]) {
 }
 
 void write_row(const PanelProduct &p, int64_t row, int64_t col, const float (*totals)[lanes], int num_cols) {
-    float sums[16];
+    float sums[16] = {};
     for (int j = 0; j < num_cols; j += 4)
         store(&sums[j], sum_lanes_of_four(totals + j));
     for (int j = 0; j < num_cols; j += lanes) {
@@ -120,13 +120,13 @@ void write_row(const PanelProduct &p, int64_t row, int64_t col, const float (*to
         const int64_t at = row * p.out_stride + col + j;
         f32x8 value = load<f32x8>(&sums[j]);
         if (p.out_type == ElementType::bfloat16) {
-            store_elements<Bfloat16>(static_cast<uint16_t *>(p.out) + at, canonical(value), count);
+            store_elements<Bfloat16>(static_cast<uint16_t *>(p.out) + at, value, count);
             continue;
         }
         float *out = static_cast<float *>(p.out) + at;
         if (p.accumulate)
             value = load_elements<Float32>(out, count) + value;
-        store_elements<Float32>(out, canonical(value), count);
+        store_elements<Float32>(out, value, count);
     }
 }
 
