@@ -10,12 +10,11 @@ from .permutation import (
     permute,
     permute_backward,
     permute_quantize,
-    plan_routes,
     unpermute,
     unpermute_backward,
 )
 from .quantization import Fp8Array, dequantize_fp8, quantize_fp8
-from .route_plan import RoutePlan
+from .route_plan import RoutePlan, plan_routes
 from .router_config import RouterConfig
 from .router_presets import presets
 

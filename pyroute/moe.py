@@ -20,9 +20,9 @@ from ._activation import (
 from ._array.moe import ExpertRows
 from ._moe_arguments import Layer, WeightOn, check_layer
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
-from .permutation import permute, permute_backward, permute_quantize, plan_routes, unpermute, unpermute_backward
+from .permutation import permute, permute_backward, permute_quantize, unpermute, unpermute_backward
 from .quantization import ScaleFormat, quantize_fp8
-from .route_plan import RoutePlan
+from .route_plan import RoutePlan, plan_routes
 
 Array = Any
 Operand = Any  # an array or an Fp8Array

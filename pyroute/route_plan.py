@@ -1,15 +1,16 @@
-"""RoutePlan: which row of the expert-sorted matrix each token's slot has, and that map in other libraries' layouts."""
+"""plan_routes gives every slot of every token its row; RoutePlan holds that map and writes other libraries' layouts."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
-
 from . import _backend, _check
+from ._array import permutation as _array
 
 Array = Any
+
+MAX_ROWS = 2**31 - 1  # row maps are int32
 
 
 class DeepGemmLayout(NamedTuple):
@@ -155,7 +156,7 @@ class RoutePlan:
         first_slot = xp.cumsum(self.tokens_per_expert.astype(xp.int64)) - self.tokens_per_expert
         first_place = (xp.cumsum(blocks) - blocks) * block
         total = int(blocks.sum()) * block
-        if total > np.iinfo(np.int32).max:
+        if total > MAX_ROWS:
             raise _check.value_error("to_block_lists", "block", "small enough for int32 lists", block)
         sorted_token_ids = xp.full(total, self.num_tokens * self.top_k, xp.int32)
         sorted_token_ids[first_place[experts] + xp.arange(slots.size) - first_slot[experts]] = slots
@@ -172,3 +173,79 @@ class RoutePlan:
         dense = xp.zeros((self.num_tokens, self.num_experts), xp.bool_)
         dense[slots // self.top_k, experts] = True
         return dense
+
+
+def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend: str | None = None) -> RoutePlan:
+    """Give every slot of every token its row in the expert-sorted matrix.
+
+    Parameters
+    ----------
+    topk_idx : integer [num_tokens, top_k]
+        Expert ids of any integer type. -1 is not routed. An id may appear twice in a token: each slot is its own row.
+    num_experts : int
+    alignment : int
+        Each expert's segment is padded to a multiple of this many rows.
+
+    Returns
+    -------
+    RoutePlan
+        Rows ordered by expert, then token, then slot: a stable sort, the same on every backend.
+
+    Raises
+    ------
+    ValueError
+        For an id outside -1..num_experts-1 (the message has its value and place), and when the slots or the padded rows
+        pass 2**31 - 1.
+
+    Notes
+    -----
+    A counting sort: reads the ids twice and writes 4 bytes per slot and 4 per row.
+    """
+    num_experts = _check.integer("plan_routes", "num_experts", num_experts, 1, MAX_ROWS)
+    alignment = _check.integer("plan_routes", "alignment", alignment, 1, MAX_ROWS)
+    ids = _backend.as_array("plan_routes", "topk_idx", topk_idx)
+    if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
+        raise _check.type_error("plan_routes", "topk_idx", "integers", str(ids.dtype))
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        expected = "of shape [num_tokens, top_k] with top_k at least 1"
+        raise _check.value_error("plan_routes", "topk_idx", expected, list(ids.shape))
+    if ids.size > MAX_ROWS:
+        raise _check.value_error("plan_routes", "topk_idx", f"of at most {MAX_ROWS} slots", ids.size)
+
+    try:
+        match _backend.choose("plan_routes", backend, ids):
+            case "cpu":
+                parts = _backend.core.plan_routes(_signed(ids, num_experts), num_experts, alignment)
+            case _:
+                xp = _backend.array_module(ids)
+                _check_ids(ids, num_experts)
+                # int64 holds every id that passed, whatever the type they came in
+                parts = _array.plan_routes(xp, ids.astype(xp.int64), num_experts, alignment)
+    except IndexError:
+        _check_ids(ids, num_experts)  # finds the bad id and raises
+        raise
+    except OverflowError as error:
+        raise _check.value_error("plan_routes", "alignment", f"small enough for {MAX_ROWS} rows", error) from None
+    return RoutePlan(*parts, alignment)
+
+
+def _signed(ids: Array, num_experts: int) -> Array:
+    """int32 or int64 ids as they are, to be checked while they are counted; others checked and then widened."""
+    if ids.dtype.name in ("int32", "int64"):
+        return ids
+    _check_ids(ids, num_experts)
+    return ids.astype("int32")
+
+
+def _check_ids(ids: Array, num_experts: int) -> None:
+    bad = ids >= num_experts
+    if ids.dtype.kind == "i":
+        bad |= ids < -1
+    if bad.any():
+        token, slot = divmod(int(bad.argmax()), ids.shape[1])
+        _raise_bad_id(int(ids[token, slot]), token, slot, num_experts)
+
+
+def _raise_bad_id(value: int, token: int, slot: int, num_experts: int) -> None:
+    expected = f"in 0..num_experts-1 ({num_experts - 1}), or -1 for not routed"
+    raise _check.value_error("plan_routes", f"topk_idx[{token}, {slot}]", expected, value)

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from conftest import CPU_FLOORS, assert_same_bytes, guarded, poison
 from oracle import permutation as oracle
+from routes import checked_plan, random_ids
 
 from pyroute import (
     Fp8Array,
     RoutePlan,
+    _backend,
     permute,
     permute_backward,
     permute_quantize,
@@ -25,131 +27,6 @@ TYPES = [np.dtype("float32"), BFLOAT16, np.dtype("float16"), np.dtype("float64")
 # half the spacing at 1 of the type that a result is rounded to
 HALF_ULP = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11, "float64": 2.0**-53}
 SMALLEST = {"float32": 2.0**-149, "bfloat16": 2.0**-133, "float16": 2.0**-24, "float64": 2.0**-1074}
-
-
-def random_ids(rng, num_tokens, top_k, num_experts, unrouted=0.0):
-    ids = rng.integers(0, num_experts, (num_tokens, top_k))
-    ids[rng.random(ids.shape) < unrouted] = -1
-    return ids
-
-
-def checked_plan(ids, num_experts, floor, alignment=1) -> RoutePlan:
-    """The floor's plan, held to the oracle's."""
-    plan = plan_routes(ids, num_experts, alignment=alignment, backend=floor.backend)
-    counts, offsets, row_to_token, token_to_row = oracle.plan(np.asarray(ids), num_experts, alignment)
-    assert_same_bytes(plan.tokens_per_expert, np.array(counts, np.int32))
-    assert_same_bytes(plan.expert_offsets, np.array(offsets, np.int64))
-    assert_same_bytes(plan.row_to_token, np.array(row_to_token, np.int32))
-    assert_same_bytes(plan.token_to_row, np.array(token_to_row, np.int32).reshape(np.shape(ids)))
-    assert plan.has_padding == (-1 in row_to_token)
-    return plan
-
-
-def assert_same_plan(a: RoutePlan, b: RoutePlan) -> None:
-    for field in ("tokens_per_expert", "expert_offsets", "row_to_token", "token_to_row"):
-        assert_same_bytes(getattr(a, field), getattr(b, field))
-
-
-# --- plan_routes ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_experts", [1, 3, 7, 60, 96, 160, 384, 513, 1000])
-@pytest.mark.parametrize("alignment", [1, 3, 128])
-def test_any_number_of_experts(floor, num_experts, alignment, rng):
-    """Not a power of two, more experts than slots, experts without tokens."""
-    plan = checked_plan(random_ids(rng, 257, 5, num_experts, 0.1), num_experts, floor, alignment)
-    assert plan.tokens_per_expert.tolist() == np.diff(plan.expert_offsets).tolist() or alignment > 1
-
-
-def test_every_number_of_tokens(floor, rng):
-    for num_tokens in range(131):
-        checked_plan(random_ids(rng, num_tokens, 2, 5, 0.2), 5, floor, 4)
-
-
-@pytest.mark.parametrize("top_k", range(1, 10))
-def test_every_top_k_with_duplicates(floor, top_k, rng):
-    plan = checked_plan(random_ids(rng, 33, top_k, 2), 2, floor)
-    assert plan.num_rows == 33 * top_k
-
-
-@pytest.mark.parametrize("num_tokens", [257, 70_000])
-def test_duplicated_ids_leave_no_slot_unwritten(floor, num_tokens):
-    ids = np.tile(np.array([[5, 88, 88, 65]]), (num_tokens, 1))
-    plan = plan_routes(ids, 89, backend=floor.backend)
-    assert np.sort(plan.token_to_row.ravel()).tolist() == list(range(num_tokens * 4))
-    assert plan.row_to_token[plan.expert_offsets[88] :].tolist() == np.repeat(np.arange(num_tokens), 2).tolist()
-
-
-def test_one_expert_takes_everything_in_order(floor):
-    plan = checked_plan(np.zeros((2304, 1), np.int32), 3, floor)
-    assert plan.row_to_token.tolist() == list(range(2304))
-
-
-def test_nothing_routed(floor):
-    plan = checked_plan(np.full((7, 3), -1), 4, floor, 16)
-    assert plan.num_rows == 0
-    assert permute(np.ones((7, 5), np.float32), plan, backend=floor.backend).shape == (0, 5)
-    out = unpermute(np.ones((0, 5), np.float32), plan, np.ones((7, 3), np.float32), backend=floor.backend)
-    assert_same_bytes(out, np.zeros((7, 5), np.float32))
-
-
-@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
-def test_every_integer_type_gives_the_same_plan(floor, dtype, rng):
-    ids = random_ids(rng, 50, 4, 100, 0.0 if dtype[0] == "u" else 0.2)
-    assert_same_plan(plan_routes(ids.astype(dtype), 100, backend=floor.backend), checked_plan(ids, 100, floor))
-
-
-def test_strided_ids(floor, rng):
-    ids = random_ids(rng, 60, 8, 9, 0.1)
-    before = ids.copy()
-    read_only = ids.copy()
-    read_only.flags.writeable = False
-    for view in [ids[::2, ::-3], ids.T, np.asfortranarray(ids), np.broadcast_to(ids[:1], (5, 8)), read_only]:
-        assert_same_plan(plan_routes(view, 9, backend=floor.backend), checked_plan(np.array(view), 9, floor))
-    np.testing.assert_array_equal(ids, before)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bad"),
-    [
-        ("int64", 8),
-        ("int64", -2),
-        ("int64", 2**31 - 1),
-        ("int64", 2**32),
-        ("int64", 2**32 + 3),
-        ("int64", -(2**63)),
-        ("int32", -(2**31)),
-        ("int32", 2**31 - 1),
-        ("int16", 300),
-        ("int8", -128),
-        ("uint8", 255),
-        ("uint32", 2**32 - 1),
-        ("uint64", 2**64 - 1),
-    ],
-)
-def test_a_bad_id_is_named_with_its_place(floor, dtype, bad):
-    ids = np.zeros((1000, 3), dtype)
-    ids[701, 2] = bad
-    ids[800, 0] = bad
-    with pytest.raises(
-        ValueError, match=rf"plan_routes: topk_idx\[701, 2\] must be in 0..num_experts-1 .*, got {bad}$"
-    ):
-        plan_routes(ids, 8, backend=floor.backend)
-
-
-def test_rows_beyond_int32_are_refused(floor):
-    ids = np.zeros((2, 1), np.int32)
-    with pytest.raises(ValueError, match=r"plan_routes: .*2147483647 rows"):
-        plan_routes(ids + np.arange(2)[:, None], 2, alignment=2**30 + 1, backend=floor.backend)
-    with pytest.raises(ValueError, match="at most 2147483647 slots"):
-        plan_routes(np.empty((2**31, 1), np.int8), 2, backend=floor.backend)  # never touched
-
-
-def test_any_number_of_threads_gives_the_same_plan(cpu_floor, threads, rng):
-    for num_tokens, num_experts in [(20_000, 256), (3, 1000), (50_000, 3)]:
-        ids = random_ids(rng, num_tokens, 6, num_experts, 0.05)
-        ours = plan_routes(ids, num_experts, alignment=16, backend="cpu")
-        assert_same_plan(ours, plan_routes(ids, num_experts, alignment=16, backend="numpy"))
 
 
 # --- permute --------------------------------------------------------------------------------------------------------
@@ -258,9 +135,9 @@ def test_weighted_sum_error(floor, dtype, top_k, rng):
     plan = plan_routes(random_ids(rng, 40, top_k, 7, 0.15), 7, alignment=4, backend=floor.backend)
     rows = rng.normal(size=(plan.num_rows, 50)).astype(dtype)
     weights = rng.random((40, top_k)).astype(np.float64 if dtype == np.float64 else np.float32)
-    for given in (weights, None):
-        result = unpermute(rows, plan, given, backend=floor.backend)
-        exact, magnitude = oracle.unpermute(rows, plan.token_to_row, given)
+    for chosen in (weights, None):
+        result = unpermute(rows, plan, chosen, backend=floor.backend)
+        exact, magnitude = oracle.unpermute(rows, plan.token_to_row, chosen)
         unit = 2.0**-53 if dtype == np.float64 else 2.0**-24
         bound = (top_k + 1) * unit * magnitude + HALF_ULP[dtype.name] * np.abs(exact) + SMALLEST[dtype.name]
         assert (np.abs(result.astype(np.float64) - exact) <= bound * (1 + 2.0**-20)).all()
@@ -298,9 +175,9 @@ def test_floors_agree_on_every_kind_of_value(cpu_floor, dtype, rng):
     )
     weights[3], weights[4], weights[5] = np.nan, np.inf, 0
     grad = rng.integers(0, 256, (60, 70 * dtype.itemsize), dtype=np.uint8).view(dtype)
-    for given in (weights, None):
-        ours = unpermute(rows, plan, given, backend="cpu")
-        assert_same_bytes(ours, unpermute(rows, plan, given, backend="numpy"))
+    for chosen in (weights, None):
+        ours = unpermute(rows, plan, chosen, backend="cpu")
+        assert_same_bytes(ours, unpermute(rows, plan, chosen, backend="numpy"))
     ours = unpermute_backward(grad, rows, plan, weights, backend="cpu")
     base = unpermute_backward(grad, rows, plan, weights, backend="numpy")
     assert_same_bytes(ours[0], base[0])
@@ -380,6 +257,22 @@ def test_a_token_does_not_depend_on_the_batch(floor, dtype, rng):
         tokens = rng.permutation(1000)[:size]
         for part, whole in zip(layer(tokens), everything, strict=True):
             assert_same_bytes(part, whole[tokens])
+
+
+def test_there_and_back_for_any_routing(floor, rng):
+    """Integers, so sums are exact: a token's rows sum to the token times its slots; weight 1 on one row returns it."""
+    for _ in range(150):
+        num_tokens, top_k, alignment, hidden = rng.integers(0, 13), *rng.integers(1, 9, 2), rng.integers(0, 41)
+        ids = rng.integers(-1, 7, (num_tokens, top_k))
+        plan = checked_plan(ids, 7, floor, int(alignment))
+        x = np.arange(1, num_tokens * hidden + 1, dtype=np.float32).reshape(num_tokens, hidden)
+        rows = permute(x, plan, backend=floor.backend)
+        routed = ids >= 0
+        total = permute_backward(rows, plan, backend=floor.backend)
+        np.testing.assert_array_equal(total, x * routed.sum(axis=1)[:, None])
+        first = (routed & (np.cumsum(routed, axis=1) == 1)).astype(np.float32)
+        back = unpermute(rows, plan, first, backend=floor.backend)
+        np.testing.assert_array_equal(back, x * routed.any(axis=1)[:, None])
 
 
 # --- backward -------------------------------------------------------------------------------------------------------
@@ -466,6 +359,37 @@ def test_any_number_of_threads(cpu_floor, threads, rng):
             assert_same_bytes(ours, base)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 4])
+def test_rows_that_pass_the_caches(cpu_floor, shift, rng):
+    """Above 8 MiB rows are written by streaming stores, whose heads and tails depend on the address."""
+    hidden = 2051
+    plan = plan_routes(random_ids(rng, 300, 4, 9, 0.05), 9, alignment=8, backend="numpy")
+    assert plan.num_rows * hidden * 4 > 8 << 20
+    x = rng.normal(size=(300, hidden)).astype(np.float32)
+    memory = guarded(poison(plan.num_rows * hidden + shift, np.float32))
+    out = memory[: plan.num_rows * hidden].reshape(plan.num_rows, hidden)
+    for target in (out, guarded(out), guarded(out, at="start")):
+        assert_same_bytes(permute(x, plan, out=target, backend="cpu"), oracle.permute(x, plan.row_to_token))
+    assert (memory.view(np.uint8)[out.nbytes :] == 0x7F).all()
+    weights = rng.random((300, 4)).astype(np.float32)
+    for y, rows in ((x, out), (x[:, :2048].copy(), out[:, :2048].copy()), (x.astype(BFLOAT16), out.astype(BFLOAT16))):
+        ours = unpermute_backward(y, rows, plan, weights, backend="cpu")
+        base = unpermute_backward(y, rows, plan, weights, backend="numpy")
+        assert_same_bytes(ours[0], base[0])
+        assert_same_bytes(ours[1], base[1])
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_quantised_rows_that_pass_the_caches(cpu_floor, threads, rng):
+    plan = plan_routes(random_ids(rng, 1100, 8, 9, 0.05), 9, alignment=8, backend="numpy")
+    x = rng.normal(size=(1100, 1027)).astype(BFLOAT16)
+    ours = permute_quantize(x, plan, backend="cpu")
+    base = permute_quantize(x, plan, backend="numpy")
+    assert ours.codes.size > 8 << 20
+    assert_same_bytes(ours.codes, base.codes)
+    assert_same_bytes(ours.scales, base.scales)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not CPU_FLOORS, reason="the array floor would hold the rows three times")
 def test_permute_writes_past_2_to_the_31(rng):
@@ -493,70 +417,6 @@ def test_unpermute_reads_past_2_to_the_31(floor, dtype, rng):
     assert_same_bytes(unpermute(rows, plan, weights, backend=floor.backend), rows[[0, 1025]])
 
 
-# --- exporters ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=[1, 4])
-def small_plan(request):
-    """Four tokens, three experts, expert 1 empty, one slot not routed."""
-    return plan_routes(np.array([[2, 0], [0, -1], [2, 0], [0, 2]]), 3, alignment=request.param)
-
-
-def test_torch_offsets(small_plan):
-    expected = {1: [4, 4, 7], 4: [4, 4, 8]}[small_plan.alignment]
-    assert_same_bytes(small_plan.to_torch_offsets(), np.array(expected, np.int32))
-
-
-def test_deepgemm_layout(small_plan):
-    m_indices, masked_m = small_plan.to_deepgemm()
-    padding = [-1] * (small_plan.num_rows - 7)
-    assert_same_bytes(m_indices, np.array([0, 0, 0, 0, 2, 2, 2, *padding], np.int32))
-    assert_same_bytes(masked_m, np.array([4, 0, 3], np.int32))
-
-
-def test_transformer_engine_row_id_map(small_plan):
-    assert_same_bytes(small_plan.to_te_row_id_map("index"), np.array([4, 1, 5, 3, 0, -1, 2, 6], np.int32))
-    expected = [
-        [4, 0, -1, 2, 0, -1, 2],
-        [1, -1, -1, 0, -1, -1, 1],
-        [5, 2, -1, 2, 0, -1, 2],
-        [6, 3, -1, 2, 0, -1, 2],
-    ]
-    assert_same_bytes(small_plan.to_te_row_id_map(), np.array(expected, np.int32))
-    twice = plan_routes(np.array([[1, 1]]), 2)
-    with pytest.raises(ValueError, match="map_type must be 'index' when"):
-        twice.to_te_row_id_map()
-    with pytest.raises(ValueError, match="map_type"):
-        twice.to_te_row_id_map("dense")
-
-
-@pytest.mark.parametrize("block", [1, 2, 3, 16])
-def test_block_lists(floor, block, rng):
-    """Against a loop over experts: flat slots in order, each expert padded with T * k to whole blocks."""
-    for unrouted in (0.0, 0.3, 1.0):
-        ids = random_ids(rng, 23, 3, 6, unrouted)
-        lists = plan_routes(ids, 6, alignment=5, backend=floor.backend).to_block_lists(block)
-        sorted_token_ids, expert_ids = [], []
-        for e in range(6):
-            mine = np.flatnonzero(ids.ravel() == e).tolist()
-            blocks = -(-len(mine) // block)
-            sorted_token_ids += mine + [69] * (blocks * block - len(mine))
-            expert_ids += [e] * blocks
-        assert_same_bytes(lists.sorted_token_ids, np.array(sorted_token_ids, np.int32))
-        assert_same_bytes(lists.expert_ids, np.array(expert_ids, np.int32))
-        assert_same_bytes(lists.num_tokens_post_padded, np.array([len(sorted_token_ids)], np.int32))
-
-
-def test_block_lists_of_one_expert_are_written_whole(floor):
-    lists = plan_routes(np.zeros((4, 1), np.int64), 1, backend=floor.backend).to_block_lists(8)
-    assert lists.sorted_token_ids.tolist() == [0, 1, 2, 3, 4, 4, 4, 4]
-
-
-def test_dense_map(small_plan):
-    expected = [[True, False, True], [True, False, False], [True, False, True], [True, False, True]]
-    assert_same_bytes(small_plan.to_dense_map(), np.array(expected))
-
-
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 PLAN = plan_routes(np.array([[0, 1], [1, 0]]), 2, backend="numpy")
@@ -568,15 +428,6 @@ W = np.ones((2, 2), np.float32)
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
-        (TypeError, "topk_idx must be integers", lambda: plan_routes(X, 2)),
-        (TypeError, "topk_idx must be integers", lambda: plan_routes(X > 0, 2)),
-        (TypeError, "topk_idx must be an array", lambda: plan_routes([[0]], 2)),
-        (ValueError, "topk_idx must be of shape", lambda: plan_routes(np.zeros(3, int), 2)),
-        (ValueError, "topk_idx must be of shape", lambda: plan_routes(np.zeros((3, 0), int), 2)),
-        (ValueError, "num_experts must be in 1", lambda: plan_routes(np.zeros((3, 1), int), 0)),
-        (TypeError, "num_experts must be an integer", lambda: plan_routes(np.zeros((3, 1), int), 2.0)),
-        (ValueError, "alignment must be in 1", lambda: plan_routes(np.zeros((3, 1), int), 2, alignment=0)),
-        (ValueError, "backend must be one of", lambda: plan_routes(np.zeros((3, 1), int), 2, backend="gpu")),
         (TypeError, "permute: plan must be a RoutePlan", lambda: permute(X, PLAN.token_to_row)),
         (ValueError, r"x must be of shape \[num_tokens=2, hidden\], got \[4, 3\]", lambda: permute(ROWS, PLAN)),
         (ValueError, "x must be of shape", lambda: permute(X[0], PLAN)),
@@ -605,8 +456,6 @@ W = np.ones((2, 2), np.float32)
         (ValueError, "grad_y must be of shape", lambda: unpermute_backward(ROWS, ROWS, PLAN, W)),
         (TypeError, "topk_weights must be an array", lambda: unpermute_backward(X, ROWS, PLAN, None)),
         (ValueError, "block must be at least 1", lambda: PLAN.to_block_lists(0)),
-        (TypeError, "token_to_row must be int32", lambda: RoutePlan(*plan_parts()[:3], np.zeros((2, 2)))),
-        (ValueError, "expert_offsets must be of shape", lambda: RoutePlan(np.zeros(3, np.int32), *plan_parts()[1:])),
     ],
 )
 def test_a_mistake_is_one_sentence(error, match, call):
@@ -615,8 +464,48 @@ def test_a_mistake_is_one_sentence(error, match, call):
     assert "\n" not in str(caught.value)
 
 
-def plan_parts():
-    return PLAN.tokens_per_expert, PLAN.expert_offsets, PLAN.row_to_token, PLAN.token_to_row
+@pytest.mark.parametrize("bad", [-2, 4, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("field", ["row_to_token", "token_to_row"])
+def test_a_plan_made_by_hand_cannot_reach_outside_the_arrays(cpu_floor, field, bad):
+    """Maps that name rows or tokens which do not exist raise in every kernel that would follow them."""
+    maps = {"row_to_token": PLAN.row_to_token.copy(), "token_to_row": PLAN.token_to_row.copy()}
+    maps[field].reshape(-1)[1] = bad
+    plan = RoutePlan(PLAN.tokens_per_expert, PLAN.expert_offsets, **maps)
+    calls = [
+        lambda: permute(X, plan, backend="cpu"),
+        lambda: permute_quantize(X, plan, backend="cpu"),
+        lambda: unpermute_backward(X, ROWS, plan, W, backend="cpu"),
+    ]
+    if field == "token_to_row":
+        calls.append(lambda: unpermute(ROWS, plan, W, backend="cpu"))
+    for call in calls:
+        with pytest.raises(IndexError, match="route map"):
+            call()
+
+
+@pytest.mark.skipif(not CPU_FLOORS, reason="needs the extension")
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda core, m: core.permute(X, *m, ROWS[:3].copy()),
+        lambda core, m: core.permute(X, *m, ROWS.astype(np.float64)),
+        lambda core, m: core.permute(X, m[0], m[1].astype(np.int64), ROWS.copy()),
+        lambda core, m: core.permute(X[:, ::2], *m, ROWS.copy()),
+        lambda core, m: core.permute_quantize(X, *m, 0, False, np.zeros((4, 3), np.uint8), np.ones((4, 1), np.float32)),
+        lambda core, m: core.permute_quantize(X, *m, 2, False, np.zeros((4, 3), np.uint8), np.ones((4, 1), np.float32)),
+        lambda core, m: core.unpermute(ROWS, *m, W.astype(np.float64), X.copy()),
+        lambda core, m: core.unpermute(ROWS, *m, W, X.astype(np.float16)),
+        lambda core, m: core.unpermute(ROWS.astype(np.int32), *m, W, X.copy()),
+        lambda core, m: core.unpermute(ROWS, *m, [1.0], X.copy()),
+        lambda core, m: core.unpermute_backward(X, ROWS, *m, W, ROWS.copy(), W.astype(np.float64)),
+        lambda core, m: core.plan_routes(np.zeros((2, 2), np.uint8), 2, 1),
+        lambda core, m: core.plan_routes(np.zeros(2, np.int32), 2, 1),
+        lambda core, m: core.plan_routes(np.zeros((2, 2), np.int32), 0, 1),
+    ],
+)  # fmt: skip
+def test_the_extension_itself_refuses_what_does_not_fit(call):
+    with pytest.raises((ValueError, TypeError), match="_core"):
+        call(_backend.core, (PLAN.row_to_token, PLAN.token_to_row))
 
 
 def test_results_are_the_same_every_time(floor, rng):

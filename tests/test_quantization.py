@@ -7,10 +7,10 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import assert_same_bytes, guarded
+from conftest import CPU_FLOORS, assert_same_bytes, guarded
 from oracle import quantization as oracle
 
-from pyroute import Fp8Array, dequantize_fp8, plan_routes, quantize_fp8
+from pyroute import Fp8Array, _backend, dequantize_fp8, plan_routes, quantize_fp8
 from pyroute._array import quantization as array_floor
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -467,6 +467,28 @@ def test_a_mistake_is_one_sentence(error, match, call):
     with pytest.raises(error, match=match) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(not CPU_FLOORS, reason="needs the extension")
+@pytest.mark.parametrize(
+    ("block", "format", "offsets", "col_blocks"),
+    [
+        ((1, 2), "e4m3", None, 1),
+        ((0, 2), "e4m3", None, 2),
+        ((1, 2), "e3m4", None, 2),
+        ((1, 2), "e4m3", [0, 3], 2),
+        ((1, 2), "e4m3", [0, 2, 1], 2),
+        ((1, 2), "e4m3", [1, 2], 2),
+        ((1, 2), "e4m3", [0], 2),
+    ],
+)
+def test_the_extension_itself_refuses_what_does_not_fit(block, format, offsets, col_blocks):
+    offsets = None if offsets is None else np.array(offsets)
+    x, written, scales = ones(1, 2, 3), codes(1, 2, 3), ones(1, 2, col_blocks)
+    with pytest.raises(ValueError, match="_core"):
+        _backend.core.quantize_fp8(x, block, format, False, offsets, written, scales)
+    with pytest.raises(ValueError, match="_core"):
+        _backend.core.dequantize_fp8(written, scales, block, format, offsets, x)
 
 
 def test_offsets_of_a_plan_are_taken_as_they_are(floor, rng):
