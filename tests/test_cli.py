@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import assert_same_bytes, guarded
 
 import pyroute
 from pyroute.__main__ import main
@@ -423,16 +424,17 @@ def test_probes_refuse_what_they_cannot_read():
         core.probe_copy(np.zeros(4096, np.uint8), np.zeros(8192, np.uint8), 1)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_copy_probe_copies(threads):
-    if not pyroute.backends()["cpu"].available:
-        pytest.skip("needs the compiled backend")
-    source = np.random.default_rng(0).integers(0, 256, 1 << 16).astype(np.uint8)
-    for size in (320, 4096, 1 << 16):
-        destination = np.zeros(size, np.uint8)
-        copied = limits._backend.core.probe_copy(destination, source[:size].copy(), threads) // 2
-        assert copied >= size - 320
-        assert np.count_nonzero(destination) >= 0.9 * copied
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_copy_probe_copies_every_whole_block_and_nothing_else(cpu_floor, num_threads):
+    for size in (320, 4096, 10_000, 1 << 16):
+        source = guarded(np.random.default_rng(size).integers(1, 256, size).astype(np.uint8))
+        destination = guarded(np.zeros(size, np.uint8))
+        copied = limits._backend.core.probe_copy(destination, source, num_threads) // 2
+        assert size - 320 < copied <= size
+        to, at = (-array.ctypes.data % 64 for array in (destination, source))
+        expected = np.zeros(size, np.uint8)
+        expected[to : to + copied] = source[at : at + copied]
+        assert_same_bytes(destination, expected)
 
 
 def test_pictures():
