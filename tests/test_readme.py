@@ -1,0 +1,23 @@
+"""The README's first example runs as printed, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs the source tree")
+
+
+def test_the_first_example_runs():
+    example = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)[0]
+    names: dict[str, object] = {}
+    exec(compile(example, str(README), "exec"), names)
+    assert names["y"].shape == names["x"].shape
+    assert names["gating"].tokens_per_expert.sum() == 4096 * 8
+
+
+def test_links_lead_somewhere():
+    targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
+    assert targets
+    assert [target for target in targets if not (README.parent / target).exists()] == []
