@@ -74,7 +74,7 @@ def topk_gating(
         z = to_scalar(xp, logits)
         is_post = config.score_stage == "post"
         s = None if is_post and bias is None else scores(xp, z, config.score)
-        idx = choose_experts(xp, z, s, bias, config) if topk_idx is None else topk_idx
+        idx = choose_experts(xp, z, s, bias, config) if topk_idx is None else topk_idx.copy()
         if token_mask is not None:
             idx = xp.where(token_mask[:, None], idx, xp.int32(-1))
         routed = idx >= 0
