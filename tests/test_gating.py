@@ -33,6 +33,8 @@ ROUTERS = {
     ),
     "sqrtsoftplus-bias": (RouterConfig(256, 6, "sqrtsoftplus", renormalize="sum", scaling_factor=1.5), True),
     "sqrtsoftplus": (RouterConfig(33, 33, "sqrtsoftplus"), False),
+    "long-list": (RouterConfig(200, 40, "sigmoid", renormalize="sum"), False),
+    "long-list-groups": (RouterConfig(200, 50, "sigmoid", num_groups=4, topk_groups=2, group_score="topn_sum"), True),
     "one-expert": (RouterConfig(1, 1, renormalize="sum"), False),
     "all": (RouterConfig(130, 130, "sigmoid", renormalize="sum"), True),
 }
@@ -250,6 +252,13 @@ def test_saturated_sigmoids_are_ranked_by_their_logits(floor):
     gating = run(floor, z, RouterConfig(4, 3, "sigmoid"))
     assert gating.topk_idx.tolist() == [[3, 1, 2]]
     assert (gating.topk_weights == 1).all()
+
+
+def test_saturated_experts_of_a_group_are_ranked_by_their_logits_too(floor):
+    """Groups are ranked by scores: 1 + 1 ties with 1 + 1, and the lower group is kept; inside it the logits choose."""
+    z = np.array([[20.0, 30.0, 25.0, 40.0, 50.0, 60.0, 70.0, 80.0]], np.float32)
+    config = RouterConfig(8, 3, "sigmoid", num_groups=2, topk_groups=1, group_score="top2_sum")
+    assert run(floor, z, config).topk_idx.tolist() == [[3, 1, 2]]
 
 
 def test_a_bias_ranks_rounded_scores(floor):
