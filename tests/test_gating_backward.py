@@ -5,12 +5,23 @@ import itertools
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import assert_same_bytes, guarded
+from conftest import assert_same_bytes, guarded, poison
 from oracle import gating as oracle
 from test_gating import DTYPES, ROUTERS, case, hard_logits, rule_of, weight_type
 
 import pyroute
-from pyroute import Gating, RouterConfig, balance_loss, topk_gating, topk_gating_backward, update_bias, z_loss
+from pyroute import (
+    Gating,
+    RouterConfig,
+    _backend,
+    balance_loss,
+    expert_choice_gating,
+    topk_gating,
+    topk_gating_backward,
+    update_bias,
+    z_loss,
+)
+from pyroute._gating_contract import core_router
 
 SCORES = ("softmax", "sigmoid", "sqrtsoftplus")
 RENORMALIZE = (None, "sum", "clamp")
@@ -290,6 +301,36 @@ def test_reads_stay_inside_the_inputs(cpu_floor, rng, dtype, at):
                 token_mask=guarded(mask, at=at), sequence_ids=np.arange(5), **options,
             )  # fmt: skip
             assert_same_bytes(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_writes_stay_inside_the_outputs(cpu_floor, rng, dtype):
+    """The extension's own functions, over outputs that end at an inaccessible page."""
+    core = _backend.core
+    for num_tokens, num_experts, top_k in ((1, 1, 1), (3, 7, 3), (5, 37, 33), (2, 65, 65)):
+        config = RouterConfig(num_experts, top_k, renormalize="sum")
+        fields, name = core_router(config), np.dtype(dtype).name
+        logits = rng.normal(size=(num_tokens, num_experts)).astype(dtype)
+        expected = topk_gating(logits, config, backend="numpy")
+        idx, weights, counts = (guarded(poison(a.shape, a.dtype)) for a in expected)
+        core.topk_gating(fields, logits, name, None, None, None, idx, weights, counts)
+        for a, b in zip((idx, weights, counts), expected, strict=True):
+            assert_same_bytes(np.array(a), b)
+        grad, terms = guarded(poison(logits.shape, dtype)), guarded(poison(num_tokens, np.float64))
+        core.topk_gating_backward(
+            fields, weights, logits, name, idx, None, None, None, None, 2.0 * 0.05 / num_tokens, grad
+        )
+        exact = topk_gating_backward(weights, logits, expected, config, z_loss_coef=0.05, backend="numpy")
+        assert_same_bytes(np.array(grad), exact)
+        core.gating_loss_terms("softmax", logits, name, None, None, None, terms)
+        assert np.isfinite(terms).all()
+        choice = expert_choice_gating(logits, 3, backend="numpy")
+        tokens = np.arange(num_tokens, dtype=np.int32)
+        keys = guarded(poison((num_experts, num_tokens), name.replace("float", "int")))
+        token_idx, token_weights = (guarded(poison(a.shape, a.dtype)) for a in choice[:2])
+        core.expert_choice(logits, name, tokens, keys, token_idx, token_weights)
+        assert_same_bytes(np.array(token_idx), choice.token_idx)
+        assert_same_bytes(np.array(token_weights), choice.token_weights)
 
 
 def test_slots_that_are_not_routed_contribute_nothing(floor, rng):
