@@ -96,13 +96,13 @@ BalanceTerms balance_of(const py::object &fractions, const py::object &scales, c
                         const Logits &logits) {
     if (fractions.is_none())
         return {nullptr, nullptr, nullptr, 0};
-    const auto array = py::reinterpret_borrow<py::array>(fractions);
+    const py::array array = array_of(fractions, "fractions"), weights = array_of(scales, "scales");
     const int64_t sequences = array.ndim() == 2 ? array.shape(0) : 0;
     if (sequences < 1)
         refuse("fractions must have at least one row");
     return {scalar_input(fractions, "fractions", logits, {sequences, logits.num_experts}),
-            scalar_input(scales, "scales", logits, {sequences}),
-            input<int32_t>(py::reinterpret_borrow<py::array>(sequence), "sequence", {logits.num_tokens}), sequences};
+            scalar_input(weights, "scales", logits, {sequences}),
+            input<int32_t>(array_of(sequence, "sequence"), "sequence", {logits.num_tokens}), sequences};
 }
 
 void topk_gating(const py::tuple &fields, const py::array &logits, const std::string &type, const py::object &bias,
