@@ -22,7 +22,7 @@ int64_t axis(const py::array &array, py::ssize_t i, const char *name) {
 ExpertBias expert_bias(const py::object &bias, int64_t num_experts, int64_t columns) {
     if (bias.is_none())
         return {nullptr, nullptr};
-    const auto array = py::reinterpret_borrow<py::array>(bias);
+    const py::array array = array_of(bias, "bias");
     if (array.itemsize() == sizeof(uint16_t))
         return {nullptr, input<uint16_t>(array, "bias", {num_experts, columns})};
     return {input<float>(array, "bias", {num_experts, columns}), nullptr};
@@ -103,7 +103,7 @@ void moe_add_bias(py::array rows, const py::object &bias, const py::array &exper
     with_row_type(rows, [&](auto row) {
         using Row = decltype(row);
         const AddBiasArgs<Row> args{output<Row>(rows, "rows", {num_rows, columns}),
-                                    expert_bias(bias, experts.num_experts, columns),
+                                    expert_bias(array_of(bias, "bias"), experts.num_experts, columns),
                                     optional_input<float>(row_weights, "row_weights", {num_rows}), columns};
         py::gil_scoped_release release;
         cpu::add_bias(experts, args);
@@ -117,7 +117,7 @@ void moe_add_bias_dots(const py::array &rows, const py::object &bias, const py::
     with_row_type(rows, [&](auto row) {
         using Row = decltype(row);
         const BiasDotArgs<Row> args{input<Row>(rows, "rows", {num_rows, columns}),
-                                    expert_bias(bias, experts.num_experts, columns),
+                                    expert_bias(array_of(bias, "bias"), experts.num_experts, columns),
                                     output<float>(dots, "dots", {num_rows}), columns};
         py::gil_scoped_release release;
         cpu::add_bias_dots(experts, args);
