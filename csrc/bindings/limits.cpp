@@ -25,8 +25,8 @@ Aligned aligned_part(const py::array &array, const char *name) {
 }
 
 int checked_threads(int threads) {
-    if (threads < 1)
-        throw std::invalid_argument("_core: threads must be at least 1");
+    if (threads < 1 || threads > 1024) // more than the system grants ends the process
+        throw std::invalid_argument("_core: threads must be in 1..1024");
     return threads;
 }
 
