@@ -22,7 +22,7 @@ _EXACT_IN_FLOAT32 = ("bfloat16", "float8_e8m0fnu")  # scale types of checkpoints
 def _block(function: str, block: Any) -> tuple[int, int]:
     if not isinstance(block, (tuple, list)) or len(block) != 2:
         raise _check.type_error(function, "block", "a pair (rows, cols)", _check.describe(block))
-    rows, cols = (_check.integer(function, "block", extent, 1) for extent in block)
+    rows, cols = (_check.integer(function, "block", extent, 1, 2**31 - 1) for extent in block)
     return rows, cols
 
 
@@ -96,14 +96,12 @@ class Fp8Array:
         _check.one_of("Fp8Array", "format", self.format, tuple(_array.FORMATS))
         object.__setattr__(self, "block", _block("Fp8Array", self.block))
         float8 = _backend.FLOAT8[self.format]
-        codes = _backend.as_array("Fp8Array", "codes", self.codes)
-        _check.dtype("Fp8Array", "codes", codes, ("uint8", float8.name))
+        codes = _backend.as_array("Fp8Array", "codes", self.codes, ("uint8", _check.DTYPE_NAMES[float8]))
         if codes.ndim < 2:
             raise _check.value_error("Fp8Array", "codes", "of at least two axes", list(codes.shape))
         object.__setattr__(self, "codes", codes.view(float8) if isinstance(codes, np.ndarray) else codes)
 
-        scales = _backend.as_array("Fp8Array", "scales", self.scales)
-        _check.dtype("Fp8Array", "scales", scales, ("float32", *_EXACT_IN_FLOAT32))
+        scales = _backend.as_array("Fp8Array", "scales", self.scales, ("float32", *_EXACT_IN_FLOAT32))
         object.__setattr__(self, "scales", scales.astype("float32", copy=False))
 
         if self.expert_offsets is not None:
@@ -139,8 +137,9 @@ class Fp8Array:
     def __getitem__(self, index: int | slice) -> Fp8Array:
         """One matrix, or a run of matrices, of a stack [..., rows, cols]; shares memory."""
         if self.ndim < 3:
-            raise TypeError(f"Fp8Array: only the axes before the last two can be indexed, got shape {list(self.shape)}")
-        if not isinstance(index, (int, np.integer, slice)):
+            expected = "of three axes or more to be indexed"
+            raise _check.type_error("Fp8Array", "codes", expected, f"shape {list(self.shape)}")
+        if isinstance(index, bool) or not isinstance(index, (int, np.integer, slice)):
             raise _check.type_error("Fp8Array", "index", "an integer or a slice", _check.describe(index))
         return Fp8Array(self.codes[index], self.scales[index], self.block, self.format)
 
@@ -203,8 +202,7 @@ def quantize_fp8(
     -----
     Reads x once from memory and writes a byte per element. Scheme: DeepSeek-V3 technical report, section 3.3.2.
     """
-    x = _backend.as_array("quantize_fp8", "x", x)
-    _check.dtype("quantize_fp8", "x", x, INPUT_TYPES)
+    x = _backend.as_array("quantize_fp8", "x", x, INPUT_TYPES)
     if x.ndim < 2:
         raise _check.value_error("quantize_fp8", "x", "of at least two axes [..., rows, cols]", list(x.shape))
     block = _block("quantize_fp8", block)

@@ -15,6 +15,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
 // body(matrix, first row, rows, row of scales) for every row of blocks of every matrix, over threads.
 template <class Body> void for_each_strip(const Fp8Blocks &b, const Body &body) {
+    if (b.cols == 0) // 2**58 rows of nothing are an array too
+        return;
     const int64_t per_matrix = b.expert_offsets ? b.row_block_starts[b.num_segments] : ceil_div(b.rows, b.block_rows);
     const int64_t strip_elements = std::max<int64_t>(1, std::min(b.block_rows, b.rows) * b.cols);
     parallel_ranges(b.num_matrices * per_matrix, elements_per_share / strip_elements, [&](int64_t begin, int64_t end) {
