@@ -162,11 +162,11 @@ def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: in
     ok = offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all() and offsets[-1] <= num_rows
     if not ok:
         raise value_error(
-            function, "expert_offsets", f"from 0, not decreasing, to at most {num_rows} (rows)", _first_few(offsets)
+            function, "expert_offsets", f"from 0, not decreasing, to at most {num_rows} (rows)", first_few(offsets)
         )
     return offsets.astype("int64", copy=False)
 
 
-def _first_few(values: Array) -> str:
+def first_few(values: Array) -> str:
     shown = ", ".join(str(value) for value in values[:8].tolist())
     return f"[{shown}{', ...' if values.size > 8 else ''}]"

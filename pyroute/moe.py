@@ -22,7 +22,7 @@ from ._moe_arguments import Layer, WeightOn, check_layer
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .permutation import permute, permute_backward, permute_quantize, unpermute, unpermute_backward
 from .quantization import ScaleFormat, quantize_fp8
-from .route_plan import RoutePlan, plan_routes
+from .route_plan import RoutePlan, plan_routes, unchecked_plan
 
 Array = Any
 Operand = Any  # an array or an Fp8Array
@@ -224,7 +224,7 @@ def _parts(layer: Layer, plan: RoutePlan) -> Iterator[_Part]:
         inside = (plan.token_to_row >= rows.start) & (plan.token_to_row < rows.stop)
         yield _Part(
             layer.of_experts(experts),
-            RoutePlan(
+            unchecked_plan(
                 plan.tokens_per_expert[experts],
                 plan.expert_offsets[first : last + 1] - rows.start,
                 plan.row_to_token[rows],

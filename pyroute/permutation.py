@@ -45,7 +45,7 @@ def permute(x: Any, plan: RoutePlan, *, out: Any = None, backend: str | None = N
 def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | None) -> Array:
     shape = (("num_rows", plan.num_rows), ("hidden", x.shape[1]))
     if out is not None:
-        _check.output(function, "out", out, x.dtype, shape, x)
+        _check.output(function, "out", out, x.dtype, shape, x, plan.row_to_token, plan.token_to_row)
     match _backend.choose(function, backend, x, plan.row_to_token, out):
         case "cpu":
             if out is None:
@@ -86,8 +86,8 @@ def permute_quantize(
         Padding rows have codes 0 and scale 1.0.
     """
     _plan("permute_quantize", plan)
-    x = _backend.as_array("permute_quantize", "x", x)
-    _check.array("permute_quantize", "x", x, FLOATS, (("num_tokens", plan.num_tokens), ("hidden", None)))
+    axes = (("num_tokens", plan.num_tokens), ("hidden", None))
+    x = _backend.as_array("permute_quantize", "x", x, FLOATS, axes)
     _check.one_of("permute_quantize", "scale_format", scale_format, ("float32", "ue8m0"))
     match _backend.choose("permute_quantize", backend, x, plan.row_to_token):
         case "cpu":
@@ -155,7 +155,8 @@ def _unpermute(
         topk_weights = _weights(function, topk_weights, plan, rows)
     if out is not None:
         shape = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
-        _check.output(function, "out", out, rows.dtype, shape, rows, topk_weights)
+        inputs = (rows, topk_weights, plan.row_to_token, plan.token_to_row)
+        _check.output(function, "out", out, rows.dtype, shape, *inputs)
     match _backend.choose(function, backend, rows, plan.token_to_row, topk_weights, out):
         case "cpu":
             if out is None:
@@ -197,11 +198,10 @@ def unpermute_backward(
     Without weights in the forward, the gradient of the rows is ``permute(grad_y, plan)``.
     """
     _plan("unpermute_backward", plan)
-    rows = _backend.as_array("unpermute_backward", "rows", rows)
-    _check.array("unpermute_backward", "rows", rows, FLOATS, (("num_rows", plan.num_rows), ("hidden", None)))
-    grad_y = _backend.as_array("unpermute_backward", "grad_y", grad_y)
-    shape = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
-    _check.array("unpermute_backward", "grad_y", grad_y, (rows.dtype.name,), shape)
+    axes = (("num_rows", plan.num_rows), ("hidden", None))
+    rows = _backend.as_array("unpermute_backward", "rows", rows, FLOATS, axes)
+    axes = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
+    grad_y = _backend.as_array("unpermute_backward", "grad_y", grad_y, (_check.DTYPE_NAMES[rows.dtype],), axes)
     topk_weights = _weights("unpermute_backward", topk_weights, plan, rows)
     match _backend.choose("unpermute_backward", backend, grad_y, rows, plan.token_to_row, topk_weights):
         case "cpu":
@@ -221,19 +221,16 @@ def _plan(function: str, plan: Any) -> None:
 
 
 def _moved(function: str, name: str, x: Any, axis: str, extent: int) -> Array:
-    x = _backend.as_array(function, name, x)
+    x = _backend.as_array(function, name, x, axes=((axis, extent), ("hidden", None)))
     if x.dtype.hasobject or x.dtype.itemsize not in (1, 2, 4, 8):
         raise _check.type_error(function, name, "of a dtype with items of 1, 2, 4 or 8 bytes", str(x.dtype))
-    _check.shape(function, name, x, ((axis, extent), ("hidden", None)))
     return x
 
 
 def _weights(function: str, topk_weights: Any, plan: RoutePlan, rows: Array) -> Array:
-    topk_weights = _backend.as_array(function, "topk_weights", topk_weights)
-    allowed = ("float32", "float64") if rows.dtype.name == "float64" else ("float32",)
-    _check.array(
-        function, "topk_weights", topk_weights, allowed, (("num_tokens", plan.num_tokens), ("top_k", plan.top_k))
-    )
+    allowed = ("float32", "float64") if rows.dtype == np.float64 else ("float32",)
+    axes = (("num_tokens", plan.num_tokens), ("top_k", plan.top_k))
+    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, allowed, axes)
     return topk_weights.astype(allowed[-1], copy=False)  # float32 widens to float64 exactly
 
 

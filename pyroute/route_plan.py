@@ -46,6 +46,11 @@ class RoutePlan:
     token_to_row : int32 [num_tokens, top_k]
         The row of each slot, -1 where the slot is not routed.
     alignment : int
+
+    Raises
+    ------
+    TypeError, ValueError
+        In one sentence, when the maps do not describe one assignment: a plan made by hand is read in full.
     """
 
     tokens_per_expert: Array
@@ -55,14 +60,11 @@ class RoutePlan:
     alignment: int = 1
 
     def __post_init__(self) -> None:
-        for field in ("tokens_per_expert", "expert_offsets", "row_to_token", "token_to_row"):
-            object.__setattr__(self, field, _backend.as_array("RoutePlan", field, getattr(self, field)))
-        _check.array("RoutePlan", "tokens_per_expert", self.tokens_per_expert, ("int32",), (("num_experts", None),))
-        ends = ("num_experts + 1", self.num_experts + 1)
-        _check.array("RoutePlan", "expert_offsets", self.expert_offsets, ("int64",), (ends,))
-        _check.array("RoutePlan", "row_to_token", self.row_to_token, ("int32",), (("num_rows", None),))
-        slots = (("num_tokens", None), ("top_k", None))
-        _check.array("RoutePlan", "token_to_row", self.token_to_row, ("int32",), slots)
+        for field, dtype, axes in _MAPS:
+            array = _backend.as_array("RoutePlan", field, getattr(self, field), (dtype,), axes)
+            object.__setattr__(self, field, array)
+        _check.integer("RoutePlan", "alignment", self.alignment, 1, MAX_ROWS)
+        _check_maps(self)
 
     @property
     def num_tokens(self) -> int:
@@ -147,7 +149,7 @@ class RoutePlan:
 
         Independent of the plan's own alignment. Slots that are not routed are left out.
         """
-        block = _check.integer("to_block_lists", "block", block, 1)
+        block = _check.integer("to_block_lists", "block", block, 1, MAX_ROWS)
         xp = _backend.array_module(self.token_to_row)
         slots, experts = self._slot_experts()
         order = xp.argsort(experts, kind="stable")
@@ -173,6 +175,55 @@ class RoutePlan:
         dense = xp.zeros((self.num_tokens, self.num_experts), xp.bool_)
         dense[slots // self.top_k, experts] = True
         return dense
+
+
+_MAPS: tuple[tuple[str, str, tuple[_check.Axis, ...]], ...] = (
+    ("tokens_per_expert", "int32", (("num_experts", None),)),
+    ("expert_offsets", "int64", (("num_experts + 1", None),)),
+    ("row_to_token", "int32", (("num_rows", None),)),
+    ("token_to_row", "int32", (("num_tokens", None), ("top_k", None))),
+)
+
+
+def unchecked_plan(*fields: Any) -> RoutePlan:
+    """A plan whose maps were made here a moment ago: reading them all again would cost more than making them."""
+    plan = object.__new__(RoutePlan)
+    plan.__dict__.update(zip(RoutePlan.__match_args__, fields, strict=True))
+    return plan
+
+
+def _check_maps(plan: RoutePlan) -> None:
+    """The maps of a plan made by hand describe one assignment, so that no op reads or writes outside its arrays."""
+    xp = _backend.array_module(plan.row_to_token)
+    counts, offsets, tokens, slots = (getattr(plan, field) for field, _, _ in _MAPS)
+    if plan.num_experts < 1 or plan.top_k < 1:
+        sizes = f"{plan.num_experts} and {plan.top_k}"
+        raise _check.value_error("RoutePlan", "token_to_row", "of at least one expert and one slot", sizes)
+    ends = xp.cumsum(-(-counts.astype(xp.int64) // plan.alignment) * plan.alignment)
+    if counts.min() < 0 or offsets.shape != (counts.size + 1,) or offsets[0] != 0 or (offsets[1:] != ends).any():
+        expected = "the starts of the experts' tokens_per_expert rows, padded"
+        raise _check.value_error("RoutePlan", "expert_offsets", expected, _check.first_few(offsets))
+    if tokens.size != int(ends[-1]):
+        raise _check.value_error(
+            "RoutePlan", "row_to_token", f"of shape [num_rows={int(ends[-1])}]", list(tokens.shape)
+        )
+    row = xp.arange(tokens.size)
+    expert = xp.searchsorted(offsets[1:], row, side="right")
+    is_real = row - offsets[expert] < counts[expert]
+    if (tokens[~is_real] != -1).any() or (tokens[is_real] < 0).any() or (tokens >= plan.num_tokens).any():
+        expected = "tokens, and -1 on the padding at the end of each segment"
+        raise _check.value_error("RoutePlan", "row_to_token", expected, _check.first_few(tokens))
+    token, slot = xp.nonzero(slots != -1)
+    rows = slots[token, slot]
+    if not (
+        rows.size == int(is_real.sum())
+        and (rows >= 0).all()
+        and (rows < tokens.size).all()
+        and (tokens[rows] == token).all()
+        and xp.unique(rows).size == rows.size
+    ):
+        expected = "the rows that row_to_token gives each token, once each"
+        raise _check.value_error("RoutePlan", "token_to_row", expected, _check.first_few(slots.reshape(-1)))
 
 
 def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend: str | None = None) -> RoutePlan:
@@ -203,10 +254,9 @@ def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend:
     """
     num_experts = _check.integer("plan_routes", "num_experts", num_experts, 1, MAX_ROWS)
     alignment = _check.integer("plan_routes", "alignment", alignment, 1, MAX_ROWS)
-    ids = _backend.as_array("plan_routes", "topk_idx", topk_idx)
-    if ids.dtype.kind not in "iu" or not ids.dtype.isnative:
-        raise _check.type_error("plan_routes", "topk_idx", "integers", str(ids.dtype))
-    if ids.ndim != 2 or ids.shape[1] == 0:
+    axes = (("num_tokens", None), ("top_k", None))
+    ids = _backend.as_array("plan_routes", "topk_idx", topk_idx, _check.INTEGERS, axes)
+    if ids.shape[1] == 0:
         expected = "of shape [num_tokens, top_k] with top_k at least 1"
         raise _check.value_error("plan_routes", "topk_idx", expected, list(ids.shape))
     if ids.size > MAX_ROWS:
@@ -218,34 +268,20 @@ def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend:
                 parts = _backend.core.plan_routes(_signed(ids, num_experts), num_experts, alignment)
             case _:
                 xp = _backend.array_module(ids)
-                _check_ids(ids, num_experts)
+                _check.expert_ids("plan_routes", "topk_idx", ids, num_experts)
                 # int64 holds every id that passed, whatever the type they came in
                 parts = _array.plan_routes(xp, ids.astype(xp.int64), num_experts, alignment)
     except IndexError:
-        _check_ids(ids, num_experts)  # finds the bad id and raises
+        _check.expert_ids("plan_routes", "topk_idx", ids, num_experts)  # finds the bad id and raises
         raise
     except OverflowError as error:
         raise _check.value_error("plan_routes", "alignment", f"small enough for {MAX_ROWS} rows", error) from None
-    return RoutePlan(*parts, alignment)
+    return unchecked_plan(*parts, alignment)
 
 
 def _signed(ids: Array, num_experts: int) -> Array:
     """int32 or int64 ids as they are, to be checked while they are counted; others checked and then widened."""
-    if ids.dtype.name in ("int32", "int64"):
+    if _check.DTYPE_NAMES[ids.dtype] in ("int32", "int64"):
         return ids
-    _check_ids(ids, num_experts)
+    _check.expert_ids("plan_routes", "topk_idx", ids, num_experts)
     return ids.astype("int32")
-
-
-def _check_ids(ids: Array, num_experts: int) -> None:
-    bad = ids >= num_experts
-    if ids.dtype.kind == "i":
-        bad |= ids < -1
-    if bad.any():
-        token, slot = divmod(int(bad.argmax()), ids.shape[1])
-        _raise_bad_id(int(ids[token, slot]), token, slot, num_experts)
-
-
-def _raise_bad_id(value: int, token: int, slot: int, num_experts: int) -> None:
-    expected = f"in 0..num_experts-1 ({num_experts - 1}), or -1 for not routed"
-    raise _check.value_error("plan_routes", f"topk_idx[{token}, {slot}]", expected, value)
