@@ -68,7 +68,7 @@ def grouped_gemm(
     offsets = _offsets(name, expert_offsets, a.shape[0], b.shape[0])
     chosen = _backend.choose(name, backend, *_memory(a), *_memory(b), out)
     _check_segments(name, "a", a, offsets)
-    out = _output(name, a, b, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
+    out = _output(name, a, b, offsets, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm(_native(a), _native(b), offsets, out, out.dtype.name, False)
@@ -111,7 +111,7 @@ def grouped_gemm_dgrad(
     offsets = _offsets(name, expert_offsets, grad_out.shape[0], b.shape[0])
     chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(b), out)
     _check_segments(name, "grad_out", grad_out, offsets)
-    out = _output(name, grad_out, b, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
+    out = _output(name, grad_out, b, offsets, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm(_native(grad_out), _native(b), offsets, out, out.dtype.name, True)
@@ -186,9 +186,7 @@ def _operand(function: str, argument: str, x: Any, axes: tuple[Any, ...]) -> Ope
     if isinstance(x, Fp8Array):
         _check.shape(function, argument, x, named)
         return x
-    x = _backend.as_array(function, argument, x)
-    _check.array(function, argument, x, OPERAND_TYPES, named)
-    return x
+    return _backend.as_array(function, argument, x, OPERAND_TYPES, named)
 
 
 def _memory(x: Operand) -> tuple[Array, ...]:
@@ -203,7 +201,8 @@ def _native(x: Operand) -> tuple[Any, ...]:
 
 
 def _offsets(function: str, expert_offsets: Any, num_rows: int, num_experts: int | None) -> Array:
-    offsets = _backend.as_array(function, "expert_offsets", expert_offsets)
+    axes = (("num_experts + 1", None if num_experts is None else num_experts + 1),)
+    offsets = _backend.as_array(function, "expert_offsets", expert_offsets, _check.INTEGERS, axes)
     return _check.expert_offsets(function, offsets, num_rows, num_experts)
 
 
@@ -218,7 +217,13 @@ def _check_segments(function: str, argument: str, x: Operand, offsets: Array) ->
 
 
 def _output(
-    function: str, a: Operand, b: Operand, out_dtype: Any, out: Array | None, axes: tuple[tuple[str, int], ...]
+    function: str,
+    a: Operand,
+    b: Operand,
+    offsets: Array,
+    out_dtype: Any,
+    out: Array | None,
+    axes: tuple[tuple[str, int], ...],
 ) -> Array:
     float32 = _check.DTYPES["float32"]
     dtype = getattr(out, "dtype", None)
@@ -228,6 +233,6 @@ def _output(
         wide = any(x.dtype == float32 for x in (a, b) if not isinstance(x, Fp8Array))
         dtype = float32 if wide else _backend.BFLOAT16
     if out is not None:
-        _check.output(function, "out", out, dtype, axes, *_memory(a), *_memory(b))
+        _check.output(function, "out", out, dtype, axes, *_memory(a), *_memory(b), offsets)
         return out
     return _backend.array_module(_memory(a)[0]).empty([extent for _, extent in axes], dtype)
