@@ -145,7 +145,10 @@ def moe_forward(
     _check.one_of("moe_forward", "return_saved", return_saved, (False, True))
 
     xp, on = _backend.array_module(layer.x), layer.backend
-    plan = plan_routes(layer.topk_idx, layer.w_down.shape[0], alignment=alignment, backend=on)
+    try:
+        plan = plan_routes(layer.topk_idx, layer.w_down.shape[0], alignment=alignment, backend=on)
+    except ValueError as error:  # an id out of range, or too many rows: the arguments have the same names here
+        raise ValueError(str(error).replace("plan_routes", "moe_forward", 1)) from None
     results = xp.empty((plan.num_rows, layer.x.shape[1]), layer.x.dtype)
     gate_up = xp.empty((plan.num_rows, layer.w_gate_up.shape[1]), layer.x.dtype) if return_saved else None
     for part in _parts(layer, plan):

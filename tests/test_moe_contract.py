@@ -72,6 +72,9 @@ def test_alignment_changes_no_byte(floor, kind, weight_on):
     plain = results(problem, floor.backend)
     for alignment in (4, 16, 128):
         assert_same_results(results(problem, floor.backend, alignment=alignment), plain)
+    _, saved = problem.forward(floor.backend, return_saved=True, alignment=16)
+    assert (saved.plan.expert_offsets % 16 == 0).all()
+    assert saved.plan.has_padding
 
 
 @pytest.mark.parametrize("weight_on", WEIGHT_ON)
@@ -190,14 +193,15 @@ def test_all_tokens_on_one_expert_and_none_at_all(floor):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_fresh_memory_is_never_read(floor, kind, monkeypatch):
-    """Every new array holds 0x7f bytes; a second iteration meets what the first one left."""
+@pytest.mark.parametrize("byte", [0x7F, 0xFF], ids=["large", "nan"])
+def test_fresh_memory_is_never_read(floor, kind, byte, monkeypatch):
+    """Every new array holds 3.4e38 or NaN; a second iteration meets what the first one left."""
     problem = Problem(kind, "swiglu", "output", bias=True)
     expected = results(problem, floor.backend, alignment=8)
     empty, empty_like = np.empty, np.empty_like
 
     def fill(array):
-        array.view(np.uint8).reshape(-1)[...] = 0x7F
+        array.view(np.uint8).reshape(-1)[...] = byte
         return array
 
     monkeypatch.setattr(np, "empty", lambda *args, **options: fill(empty(*args, **options)))
@@ -263,6 +267,15 @@ def test_numpy_alone_serves_the_layer(activation, monkeypatch):
     assert all(np.isfinite(value.astype(np.float32)).all() for value in results(problem, "numpy").values())
 
 
+def test_true_means_float32_scales(floor):
+    problem = Problem("fp8", scale_format="float32")
+    expected = problem.forward(floor.backend)
+    problem.options["quantize_activations"] = True
+    assert_same_bytes(problem.forward(floor.backend), expected)
+    problem.options["quantize_activations"] = "ue8m0"
+    assert problem.forward(floor.backend).tobytes() != expected.tobytes()
+
+
 def test_what_saved_holds(floor):
     problem = Problem("bfloat16", sizes=(10, 3, 4, 24, 16))
     problem.topk_idx[:] = np.arange(3)
@@ -293,7 +306,7 @@ INVALID = [
     ({"topk_idx": np.zeros((4, 2), bool)}, TypeError, "topk_idx must be integers, got bool"),
     ({"topk_idx": np.zeros((5, 2), int)}, ValueError, "topk_idx must be of shape [num_tokens=4, top_k], got [5, 2]"),
     ({"topk_idx": np.zeros((4, 0), int)}, ValueError, "top_k"),
-    ({"topk_idx": np.full((4, 2), 3)}, ValueError, "topk_idx[0, 0] must be in"),
+    ({"topk_idx": np.full((4, 2), 3)}, ValueError, "moe_forward: topk_idx[0, 0] must be in"),
     ({"topk_idx": np.full((4, 2), -2)}, ValueError, "got -2"),
     ({"topk_weights": np.zeros((4, 2), int)}, TypeError, "topk_weights must be float32 or bfloat16 or"),
     ({"topk_weights": np.zeros((4, 3), F32)}, ValueError, "topk_weights must be of shape [num_tokens=4, top_k=2]"),
@@ -311,6 +324,8 @@ INVALID = [
         ValueError,
         "b_gate_up must be of shape [num_experts=3, 2 * interm",
     ),
+    ({"b_gate_up": np.zeros((4, 10), F32)}, ValueError, "b_gate_up must be of shape [num_experts=3, 2 * interm"),
+    ({"b_down": np.zeros((4, 8), F32)}, ValueError, "b_down must be of shape [num_experts=3, hidden=8], got [4, 8]"),
     ({"b_down": np.zeros((3, 8))}, TypeError, "b_down must be float32 or bfloat16, got float64"),
     ({"activation": "silu"}, ValueError, "activation must be one of 'swiglu'"),
     ({"limit": 3.0}, ValueError, "limit must be None with activation 'swiglu', got 3.0"),
