@@ -430,7 +430,11 @@ def ones(*shape):
         (TypeError, "block must be", lambda: Fp8Array(codes(4, 128), ones(4, 1), 128)),
         (ValueError, "block must be", lambda: Fp8Array(codes(4, 128), ones(4, 1), (1, 0))),
         (ValueError, "format must be", lambda: Fp8Array(codes(4, 128), ones(4, 1), (1, 128), "e3m4")),
-        (TypeError, "codes must be of three axes or more to be indexed, got", lambda: Fp8Array(codes(4, 128), ones(4, 1))[0]),
+        (
+            TypeError,
+            "codes must be of three axes or more",
+            lambda: Fp8Array(codes(4, 128), ones(4, 1))[0],
+        ),
         (TypeError, "index must be", lambda: Fp8Array(codes(1, 4, 128), ones(1, 4, 1))[None]),
         (
             ValueError,
