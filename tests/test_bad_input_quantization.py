@@ -48,13 +48,8 @@ def blocks():
 
 def flat(argument, dtype):
     return [
-        Case(
-            f"{argument} of one axis",
-            {argument: np.zeros(3, np.float32)},
-            ValueError,
-            f"{argument} must be of at least",
-        ),
-        Case(f"{argument} of no axis", {argument: np.array(1.0)}, ValueError, f"{argument} must be of at least two"),
+        Case(f"{argument} of {x.ndim} axes", {argument: x}, ValueError, f"{argument} must be of at least two axes")
+        for x in (np.zeros(3, dtype), np.zeros((), dtype))
     ]
 
 
@@ -69,15 +64,16 @@ QUANTIZE = [
     *flat("x", np.float32),
     *blocks(),
     *wrong_choices("format"),
-    *SCALE_FORMATS,
+    *wrong_choices("scale_format"),
     *segments([0, 1, T]),
     Case("segments of a stack", {"x": np.ones((2, T, H)), "expert_offsets": np.array([0, T])}, ValueError, "x must be"),
 ]
 CODES = [
+    *(case for case in wrong_arrays("codes", (T, 2 * H), ("uint8", "float8_e4m3fn"), "..") if case.error is TypeError),
+    *flat("codes", np.uint8),
     *(
-        case
-        for case in wrong_arrays("codes", (T, 2 * H), ("uint8", "float8_e4m3fn"), "xx")
-        if str(HUGE) not in case.name
+        Case(f"codes {shape}", {"codes": np.zeros(shape, np.uint8)}, ValueError, "scales must be of shape")
+        for shape in ((T + 1, 2 * H), (T, 2 * H + 1), (T, H), (0, 2 * H), (T, 0), (1, T, 2 * H))
     ),
     *wrong_arrays("scales", (T, 2), ("float32", "bfloat16", "float8_e8m0fnu"), ".."),
     *blocks(),
