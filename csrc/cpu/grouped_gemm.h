@@ -1,8 +1,8 @@
 // Grouped GEMM on the CPU: all three products are out = X Y^T over panels that run along the contraction.
 #pragma once
 
-#include "cpu/isa.h"
 #include "../grouped_gemm.h"
+#include "cpu/isa.h"
 
 namespace pyroute::cpu {
 
