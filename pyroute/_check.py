@@ -131,7 +131,10 @@ def array(function: str, argument: str, x: Array, dtypes: tuple[str, ...], axes:
 
 
 def output(function: str, argument: str, out: Array, like: Any, axes: tuple[Axis, ...], *inputs: Array) -> None:
-    """A caller's ``out=``: dtype ``like`` and shape exactly, C-contiguous, writeable, sharing memory with no input."""
+    """A caller's ``out=``: dtype ``like`` and shape exactly, C-contiguous, writeable, sharing memory with no input.
+
+    ``inputs`` are the arrays as they were given and as they are read: a strided one is read from a copy.
+    """
     on_host = isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray)
     if not on_host and not is_cupy(out):
         raise type_error(function, argument, "an array", describe(out))

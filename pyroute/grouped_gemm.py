@@ -63,12 +63,13 @@ def grouped_gemm(
     (3, 5)
     """
     name = "grouped_gemm"
+    given = (a, b, expert_offsets)
     a = _operand(name, "a", a, ("R", "K"))
     b = _operand(name, "b", b, ("E", "N", ("K", a.shape[1])))
     offsets = _offsets(name, expert_offsets, a.shape[0], b.shape[0])
     chosen = _backend.choose(name, backend, *_memory(a), *_memory(b), out)
     _check_segments(name, "a", a, offsets)
-    out = _output(name, a, b, offsets, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
+    out = _output(name, a, b, given, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm(_native(a), _native(b), offsets, out, out.dtype.name, False)
@@ -106,12 +107,13 @@ def grouped_gemm_dgrad(
     The bound and the independence of the batch are those of :func:`grouped_gemm`, the contraction running along N.
     """
     name = "grouped_gemm_dgrad"
+    given = (grad_out, b, expert_offsets)
     grad_out = _operand(name, "grad_out", grad_out, ("R", "N"))
     b = _operand(name, "b", b, ("E", ("N", grad_out.shape[1]), "K"))
     offsets = _offsets(name, expert_offsets, grad_out.shape[0], b.shape[0])
     chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(b), out)
     _check_segments(name, "grad_out", grad_out, offsets)
-    out = _output(name, grad_out, b, offsets, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
+    out = _output(name, grad_out, b, given, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm(_native(grad_out), _native(b), offsets, out, out.dtype.name, True)
@@ -157,6 +159,7 @@ def grouped_gemm_wgrad(
     gradient depends on the rows of its own segment and their order alone. Error as in :func:`grouped_gemm`.
     """
     name = "grouped_gemm_wgrad"
+    given = (grad_out, a, expert_offsets)
     grad_out = _operand(name, "grad_out", grad_out, ("R", "N"))
     a = _operand(name, "a", a, (("R", grad_out.shape[0]), "K"))
     offsets = _offsets(name, expert_offsets, a.shape[0], None)
@@ -171,7 +174,8 @@ def grouped_gemm_wgrad(
     if out is None:
         out = _backend.array_module(offsets).empty([extent for _, extent in axes], "float32")
     else:
-        _check.output(name, argument, out, _check.DTYPES["float32"], axes, *_memory(grad_out), *_memory(a), offsets)
+        memory = (*given, *_memory(grad_out), *_memory(a))
+        _check.output(name, argument, out, _check.DTYPES["float32"], axes, *memory)
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm_wgrad(_native(grad_out), _native(a), offsets, out, accumulate)
@@ -220,7 +224,7 @@ def _output(
     function: str,
     a: Operand,
     b: Operand,
-    offsets: Array,
+    given: tuple[Any, ...],
     out_dtype: Any,
     out: Array | None,
     axes: tuple[tuple[str, int], ...],
@@ -233,6 +237,6 @@ def _output(
         wide = any(x.dtype == float32 for x in (a, b) if not isinstance(x, Fp8Array))
         dtype = float32 if wide else _backend.BFLOAT16
     if out is not None:
-        _check.output(function, "out", out, dtype, axes, *_memory(a), *_memory(b), offsets)
+        _check.output(function, "out", out, dtype, axes, *given, *_memory(a), *_memory(b))
         return out
     return _backend.array_module(_memory(a)[0]).empty([extent for _, extent in axes], dtype)

@@ -38,14 +38,14 @@ def permute(x: Any, plan: RoutePlan, *, out: Any = None, backend: str | None = N
     _plan("permute", plan)
     if isinstance(x, Fp8Array):
         return _permute_fp8(x, plan, out, backend)
-    x = _moved("permute", "x", x, "num_tokens", plan.num_tokens)
-    return _permute("permute", x, plan, out, backend)
+    given, x = x, _moved("permute", "x", x, "num_tokens", plan.num_tokens)
+    return _permute("permute", x, plan, out, backend, given)
 
 
-def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | None) -> Array:
+def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | None, given: Any = None) -> Array:
     shape = (("num_rows", plan.num_rows), ("hidden", x.shape[1]))
     if out is not None:
-        _check.output(function, "out", out, x.dtype, shape, x, plan.row_to_token, plan.token_to_row)
+        _check.output(function, "out", out, x.dtype, shape, x, given, plan.row_to_token, plan.token_to_row)
     match _backend.choose(function, backend, x, plan.row_to_token, out):
         case "cpu":
             if out is None:
@@ -148,6 +148,7 @@ def _unpermute(
     function: str, name: str, rows: Any, plan: RoutePlan, topk_weights: Any, out: Any, backend: str | None
 ) -> Array:
     _plan(function, plan)
+    given = (rows, topk_weights)
     rows = _moved(function, name, rows, "num_rows", plan.num_rows)
     if topk_weights is not None or plan.top_k > 1:
         _check.dtype(function, name, rows, FLOATS)
@@ -155,7 +156,7 @@ def _unpermute(
         topk_weights = _weights(function, topk_weights, plan, rows)
     if out is not None:
         shape = (("num_tokens", plan.num_tokens), ("hidden", rows.shape[1]))
-        inputs = (rows, topk_weights, plan.row_to_token, plan.token_to_row)
+        inputs = (*given, rows, topk_weights, plan.row_to_token, plan.token_to_row)
         _check.output(function, "out", out, rows.dtype, shape, *inputs)
     match _backend.choose(function, backend, rows, plan.token_to_row, topk_weights, out):
         case "cpu":

@@ -159,6 +159,19 @@ def test_out_may_not_lie_in_an_input(backend, source):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_out_may_not_lie_between_the_columns_of_an_input(backend):
+    """The input is read from a copy, but it is the caller's array that would be written."""
+    memory = np.arange(100, dtype=np.float32)
+    p = pyroute.plan_routes(np.zeros((T, 1), np.int32), 1, backend="numpy")
+    x, out = memory[: T * 2 * H].reshape(T, 2 * H)[:, ::2], memory[1 : 1 + T * H].reshape(T, H)
+    case = Case("", {"out": out}, ValueError, "out must be memory that no input uses")
+    assert_refused(pyroute.permute, {"x": x, "plan": p, "backend": backend}, case)
+    assert_refused(pyroute.unpermute, {"rows": x, "plan": p, "backend": backend}, case)
+    gemm = {"a": x, "b": np.ones((1, H, H), np.float32), "expert_offsets": np.array([0, T]), "backend": backend}
+    assert_refused(pyroute.grouped_gemm, gemm, case)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_out_of_the_same_name_but_another_type(backend):
     """Both dtypes are called void32: bytes written into the other one's fields would be converted."""
     x, out = np.zeros((T, 1), [("a", "f4")]), np.zeros((R, 1), [("b", "i4")])
