@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from . import _backend, _check
 from ._array.moe import ActivationProgram
 from .quantization import Fp8Array, ScaleFormat
@@ -65,6 +67,8 @@ def check_layer(
         function, "w_down", weights[1], (("num_experts", None), ("hidden", hidden), ("intermediate", None))
     )
     num_experts, _, intermediate = w_down.shape
+    if num_experts < 1:
+        raise _check.value_error(function, "w_down", "of at least one expert", list(w_down.shape))
     width = ("2 * intermediate", 2 * intermediate) if program.gated else ("intermediate", intermediate)
     w_gate_up = _weight(function, "w_gate_up", weights[0], (("num_experts", num_experts), width, ("hidden", hidden)))
     b_gate_up = _bias(function, "b_gate_up", biases[0], (("num_experts", num_experts), width))
@@ -77,8 +81,10 @@ def check_layer(
     arrays = [x, topk_idx, topk_weights, b_gate_up, b_down]
     arrays += [w.codes if isinstance(w, Fp8Array) else w for w in (w_gate_up, w_down)]
     chosen = _backend.choose(function, backend, *arrays)
+    with np.errstate(over="ignore"):  # float64 weights past float32 are infinite, as in every other rounding
+        topk_weights = topk_weights.astype("float32", copy=False)
     return Layer(
-        x, topk_idx, topk_weights.astype("float32", copy=False), w_gate_up, w_down, b_gate_up, b_down,
+        x, topk_idx, topk_weights, w_gate_up, w_down, b_gate_up, b_down,
         program, weight_on, scale_format, chosen,
     )  # fmt: skip
 

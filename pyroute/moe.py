@@ -45,6 +45,20 @@ class MoeSaved:
     plan: RoutePlan = dataclasses.field(repr=False)
     gate_up: Array = dataclasses.field(repr=False)
 
+    def __post_init__(self) -> None:
+        for name, kind in (("layer", Layer), ("plan", RoutePlan)):
+            if not isinstance(getattr(self, name), kind):
+                raise _check.type_error("MoeSaved", name, f"a {kind.__name__}", _check.describe(getattr(self, name)))
+        layer, plan = self.layer, self.plan
+        sizes = (*layer.topk_idx.shape, layer.w_down.shape[0])
+        if (*plan.token_to_row.shape, plan.num_experts) != sizes:
+            got = f"one of {plan.num_tokens}, {plan.top_k} and {plan.num_experts}"
+            expected = "the plan of {} tokens, {} slots and {} experts".format(*sizes)
+            raise _check.value_error("MoeSaved", "plan", expected, got)
+        axes = (("num_rows", plan.num_rows), ("gate_up", layer.w_gate_up.shape[1]))
+        gate_up = _backend.as_array("MoeSaved", "gate_up", self.gate_up, (_check.DTYPE_NAMES[layer.x.dtype],), axes)
+        object.__setattr__(self, "gate_up", gate_up)
+
     @property
     def nbytes(self) -> int:
         """Bytes held beyond the caller's arrays."""
