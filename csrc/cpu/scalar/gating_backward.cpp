@@ -262,13 +262,13 @@ void loss_terms_of_tokens(const LossTermsArgs &args, int64_t begin, int64_t end,
             divisor = exp_row(rows.logits, largest, rows.p, row);
             if (!args.balance.fractions) {
                 const double value = static_cast<double>(logsumexp(largest, divisor));
-                args.terms[token] = value * value;
+                args.terms[token] = canonical(value * value);
                 continue;
             }
         }
         sequence = load_fractions(args.balance, args.logits, token, sequence, rows.fractions);
-        args.terms[token] = static_cast<double>(sum_row<Scalar>(
-            row, [&](int64_t i) { return (load<V>(rows.p + i) / divisor) * load<V>(rows.fractions + i); }));
+        args.terms[token] = canonical(static_cast<double>(sum_row<Scalar>(
+            row, [&](int64_t i) { return (load<V>(rows.p + i) / divisor) * load<V>(rows.fractions + i); })));
     }
 }
 
