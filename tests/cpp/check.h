@@ -63,7 +63,9 @@ struct Random {
         return low + static_cast<int64_t>(next() % static_cast<uint64_t>(high - low + 1));
     }
     bool one_in(int64_t n) { return integer(1, n) == 1; }
-    template <class T, size_t n> T any_of(const T (&choices)[n]) {
+    // Not inlined: GCC 12 for arm64 lets two lists of different types share their place on the stack, and then reads
+    // one before it is written.
+    template <class T, size_t n> [[gnu::noinline]] T any_of(const T (&choices)[n]) {
         return choices[static_cast<size_t>(integer(0, static_cast<int64_t>(n) - 1))];
     }
     float real() { return static_cast<float>(static_cast<int64_t>(next() >> 40)) * 0x1p-22f - 2.0f; } // [-2, 2)

@@ -127,12 +127,20 @@ RouteMaps token_alone(const RouteMaps &maps, int64_t token) {
 
 void permute(Random &random, const RouteMaps &maps) {
     PermuteArgs args{maps, random.one_in(10) ? 0 : odd_size(random, 300), nullptr, nullptr};
-    Buffer<uint8_t> x(maps.num_tokens * args.row_bytes, random.integer(0, 3));
+    const int64_t skip = random.integer(0, 3);
+    Buffer<uint8_t> x(maps.num_tokens * args.row_bytes, skip);
     fill_codes(random, x.get(), x.size);
     args.x = x.get();
     const Outputs out = same_everywhere(random, [&](Outputs &to) {
         args.rows = to.poisoned<uint8_t>(maps.num_rows * args.row_bytes);
         cpu::permute(args);
+    });
+    for_each_isa([&](cpu::Isa) { // the stores that the driver takes for rows past the caches
+        Outputs streamed(0, skip);
+        cpu::current_permutation_kernels().spread({maps.top_k, maps.token_to_row, args.row_bytes, args.x,
+                                                   streamed.poisoned<uint8_t>(maps.num_rows * args.row_bytes), true},
+                                                  0, maps.num_tokens);
+        streamed.check_equal(out, "streaming stores against plain ones");
     });
     for (int64_t row = 0; row < maps.num_rows; ++row) {
         const uint8_t *bytes = out.get<uint8_t>(0) + row * args.row_bytes;
@@ -261,7 +269,13 @@ void check_backward(const RouteMaps &maps, const Sums &s, const Outputs &out) {
 }
 
 void unpermute_backward(Random &random, const RouteMaps &maps, const Sums &s) {
-    UnpermuteBackwardArgs args{maps, s.hidden, s.type, s.grad_y.get(), s.rows.get(), s.weights.get(), nullptr, nullptr};
+    UnpermuteBackwardArgs args{};
+    args.maps = maps;
+    args.hidden = s.hidden;
+    args.type = s.type;
+    args.grad_y = s.grad_y.get();
+    args.rows = s.rows.get();
+    args.topk_weights = s.weights.get();
     const auto run = [&](Outputs &to, int64_t num_tokens) {
         args.grad_rows = to.poisoned_items(maps.num_rows * s.hidden, item_bytes(s.type));
         args.grad_topk_weights = to.poisoned_items(num_tokens * maps.top_k, item_bytes(s.weight_type));
@@ -269,6 +283,14 @@ void unpermute_backward(Random &random, const RouteMaps &maps, const Sums &s) {
     };
     const Outputs out = same_everywhere(random, [&](Outputs &to) { run(to, maps.num_tokens); });
     check_backward(maps, s, out);
+    for_each_isa([&](cpu::Isa) { // the stores that the driver takes for rows past the caches
+        Outputs streamed(0, s.skip);
+        args.grad_rows = streamed.poisoned_items(maps.num_rows * s.hidden, item_bytes(s.type));
+        args.grad_topk_weights = streamed.poisoned_items(maps.num_tokens * maps.top_k, item_bytes(s.weight_type));
+        args.streaming = true;
+        cpu::current_permutation_kernels().unpermute_backward[static_cast<int>(s.type)](args, 0, maps.num_tokens);
+        streamed.check_equal(out, "streaming stores against plain ones");
+    });
     if (maps.num_tokens) {
         const int64_t token = random.integer(0, maps.num_tokens - 1);
         Outputs alone(0x22, 0);
