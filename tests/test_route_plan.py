@@ -90,9 +90,8 @@ def test_a_bad_id_is_named_with_its_place(floor, dtype, bad):
     ids = np.zeros((1000, 3), dtype)
     ids[701, 2] = bad
     ids[800, 0] = bad
-    with pytest.raises(
-        ValueError, match=rf"plan_routes: topk_idx\[701, 2\] must be in 0..num_experts-1 .*, got {bad}$"
-    ):
+    expected = rf"plan_routes: topk_idx\[701, 2\] must be in 0..7, or -1 for not routed, got {bad}$"
+    with pytest.raises(ValueError, match=expected):
         plan_routes(ids, 8, backend=floor.backend)
 
 
@@ -198,7 +197,7 @@ def plan_parts():
         (ValueError, "alignment must be in 1", lambda: plan_routes(np.zeros((3, 1), int), 2, alignment=0)),
         (ValueError, "backend must be one of", lambda: plan_routes(np.zeros((3, 1), int), 2, backend="gpu")),
         (TypeError, "token_to_row must be int32", lambda: RoutePlan(*plan_parts()[:3], np.zeros((2, 2)))),
-        (ValueError, "expert_offsets must be of shape", lambda: RoutePlan(np.zeros(3, np.int32), *plan_parts()[1:])),
+        (ValueError, "expert_offsets must be", lambda: RoutePlan(np.zeros(3, np.int32), *plan_parts()[1:])),
     ],
 )
 def test_a_mistake_is_one_sentence(error, match, call):
