@@ -35,7 +35,9 @@ inline FloatType float_type(const py::array &array, const char *name) {
 namespace detail {
 inline void check_array(const py::array &array, const char *name, size_t item_size, size_t alignment,
                         std::initializer_list<int64_t> shape) {
-    bool ok = static_cast<size_t>(array.itemsize()) == item_size && (array.flags() & py::array::c_style) &&
+    // bit 0: items are pointers to Python objects, which raw bytes would turn into wild ones
+    const bool plain = (array.dtype().flags() & 1) == 0;
+    bool ok = plain && static_cast<size_t>(array.itemsize()) == item_size && (array.flags() & py::array::c_style) &&
               array.ndim() == static_cast<py::ssize_t>(shape.size()) &&
               reinterpret_cast<uintptr_t>(array.data()) % alignment == 0;
     py::ssize_t axis = 0;
