@@ -72,7 +72,7 @@ def grouped_gemm(
     out = _output(name, a, b, given, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
     match chosen:
         case "cpu":
-            _backend.core.grouped_gemm(_native(a), _native(b), offsets, out, out.dtype.name, False)
+            _backend.core.grouped_gemm(_native(a), _native(b), offsets, out, _check.DTYPE_NAMES[out.dtype], False)
         case _:
             _array.grouped_gemm(_backend.array_module(out), a, b, offsets, out)
     return out
@@ -116,7 +116,7 @@ def grouped_gemm_dgrad(
     out = _output(name, grad_out, b, given, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
     match chosen:
         case "cpu":
-            _backend.core.grouped_gemm(_native(grad_out), _native(b), offsets, out, out.dtype.name, True)
+            _backend.core.grouped_gemm(_native(grad_out), _native(b), offsets, out, _check.DTYPE_NAMES[out.dtype], True)
         case _:
             _array.grouped_gemm_dgrad(_backend.array_module(out), grad_out, b, offsets, out)
     return out
@@ -201,7 +201,7 @@ def _native(x: Operand) -> tuple[Any, ...]:
     """What csrc/bindings/grouped_gemm.cpp takes apart: memory, type, scales, their block, whether blocks restart."""
     if isinstance(x, Fp8Array):
         return (x.codes, x.format, x.scales, *x.block, x.expert_offsets is not None)
-    return (x, x.dtype.name, None, 1, 1, False)
+    return (x, _check.DTYPE_NAMES[x.dtype], None, 1, 1, False)
 
 
 def _offsets(function: str, expert_offsets: Any, num_rows: int, num_experts: int | None) -> Array:

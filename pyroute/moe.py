@@ -203,7 +203,7 @@ def moe_backward(grad_y: Any, saved: MoeSaved) -> MoeGradients:
     layer, plan = saved.layer, saved.plan
     tokens, hidden = layer.x.shape
     axes = (("num_tokens", tokens), ("hidden", hidden))
-    grad_y = _backend.as_array("moe_backward", "grad_y", grad_y, (layer.x.dtype.name,), axes)
+    grad_y = _backend.as_array("moe_backward", "grad_y", grad_y, (_check.DTYPE_NAMES[layer.x.dtype],), axes)
     _backend.choose("moe_backward", None, grad_y, layer.x)
 
     xp, on = _backend.array_module(layer.x), layer.backend
