@@ -124,12 +124,6 @@ def shape(function: str, argument: str, x: Array, axes: tuple[Axis, ...]) -> Non
         raise value_error(function, argument, "of shape " + _shape_text(axes), list(extents))
 
 
-def array(function: str, argument: str, x: Array, dtypes: tuple[str, ...], axes: tuple[Axis, ...]) -> None:
-    """``x`` is an array (see _backend.as_array) with one of these dtypes and this shape."""
-    dtype(function, argument, x, dtypes)
-    shape(function, argument, x, axes)
-
-
 def output(function: str, argument: str, out: Array, like: Any, axes: tuple[Axis, ...], *inputs: Array) -> None:
     """A caller's ``out=``: dtype ``like`` and shape exactly, C-contiguous, writeable, sharing memory with no input.
 
