@@ -190,6 +190,49 @@ void forward(Random &random, const Problem &p) {
     CHECK(same_bytes(alone.get<char>(1), out.get<char>(1) + first * p.scalar_bytes(), r.top_k * p.scalar_bytes()));
 }
 
+// --- expert choice ------------------------------------------------------------------------------------------------
+
+// Best first, NaN last, equal weights by token; `tokens` holds those that can be chosen.
+void check_expert(const ExpertChoiceArgs &args, const int32_t *chosen, const void *weights, FloatType scalar) {
+    const auto weight = [&](int64_t i) {
+        return scalar == FloatType::float64 ? static_cast<const double *>(weights)[i]
+                                            : static_cast<double>(static_cast<const float *>(weights)[i]);
+    };
+    for (int64_t i = 0; i < args.capacity; ++i) {
+        CHECK(std::binary_search(args.tokens, args.tokens + args.num_real, chosen[i]));
+        CHECK(is_canonical(weights, i, scalar));
+        if (i == 0)
+            continue;
+        const double before = weight(i - 1), here = weight(i);
+        const bool tie = before == here || (std::isnan(before) && std::isnan(here));
+        CHECK(tie ? chosen[i - 1] < chosen[i] : std::isnan(here) || before > here);
+    }
+}
+
+void expert_choice(Random &random, const Problem &p) {
+    std::vector<int32_t> real;
+    for (int64_t token = 0; token < p.tokens; ++token)
+        if (p.routed(token))
+            real.push_back(static_cast<int32_t>(token));
+    Buffer<int32_t> tokens(static_cast<int64_t>(real.size()), p.skip);
+    std::copy(real.begin(), real.end(), tokens.get());
+    ExpertChoiceArgs args{};
+    args.logits = p.all_logits();
+    args.tokens = tokens.get();
+    args.num_real = tokens.size;
+    args.capacity = random.one_in(4) ? tokens.size : random.integer(0, tokens.size);
+    const int64_t slots = p.router.num_experts * args.capacity;
+    const Outputs out = same_everywhere(random, [&](Outputs &to) {
+        Bytes keys(p.router.num_experts * tokens.size * p.scalar_bytes());
+        args.keys = keys.get();
+        args.token_idx = to.poisoned<int32_t>(slots);
+        args.token_weights = to.poisoned_items(slots, p.scalar_bytes());
+        cpu::expert_choice(args);
+    });
+    for (int64_t first = 0; first < slots; first += args.capacity)
+        check_expert(args, out.get<int32_t>(0) + first, out.get<char>(1) + first * p.scalar_bytes(), p.scalar);
+}
+
 // --- backward and losses ------------------------------------------------------------------------------------------
 
 struct Balance {
@@ -270,9 +313,10 @@ void losses(Random &random, const Problem &p, const Balance &balance) {
 } // namespace
 
 int main() {
-    fuzz("test_gating", 2500, 0x5c865efa1abfc0c7, [](Random &random) {
+    fuzz("test_gating", 2500, 0xaefdb522c39bac7b, [](Random &random) {
         const Problem problem(random);
         forward(random, problem);
+        expert_choice(random, problem);
         const Balance balance(random, problem);
         backward(random, problem, balance);
         losses(random, problem, balance);
