@@ -21,6 +21,15 @@ CPU_FLOORS = [f"cpu-{isa}" for isa in _core.isas()] if _core else []
 FLOORS = ["numpy", *CPU_FLOORS]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def away_from_the_source_tree():
+    """Child interpreters import what this one imports: a source tree as working directory would come first."""
+    before = os.getcwd()
+    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    yield
+    os.chdir(before)
+
+
 class Floor:
     """A backend, with the instruction set for the cpu backend."""
 
