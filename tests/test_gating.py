@@ -31,7 +31,8 @@ ROUTERS = {
         RouterConfig(256, 8, "sigmoid", **GROUPED, group_score="top2_sum", renormalize="sum", scaling_factor=2.5),
         True,
     ),
-    "sqrtsoftplus-bias": (RouterConfig(256, 6, "sqrtsoftplus", renormalize="sum", scaling_factor=1.5), True),
+    "sigmoid-clamp": (RouterConfig(12, 8, "sigmoid", renormalize="clamp", renormalize_eps=1e-3), False),
+    "sqrtsoftplus-bias": (RouterConfig(256, 6, "sqrtsoftplus", renormalize="sum", scaling_factor=2.827), True),
     "sqrtsoftplus": (RouterConfig(33, 33, "sqrtsoftplus"), False),
     "long-list": (RouterConfig(200, 40, "sigmoid", renormalize="sum"), False),
     "long-list-groups": (RouterConfig(200, 50, "sigmoid", num_groups=4, topk_groups=2, group_score="topn_sum"), True),
@@ -59,7 +60,9 @@ def hard_logits(rng, num_tokens, num_experts, dtype=np.float32):
     """Rows of ties, infinities, NaN, zeros of both signs, subnormals and saturated values among ordinary ones."""
     z = rng.normal(0, 3, (num_tokens, num_experts))
     z[0::7] = rng.integers(-2, 3, z[0::7].shape)
-    for start, values in enumerate(([np.nan], [np.inf], [-np.inf], [0.0, -0.0], [1e-40, -1e-40], [300.0, -300.0])):
+    near_thresholds = [-19.5, -20.5, -25.0, -38.0, -42.0, -60.0, 22.0]
+    kinds = ([np.nan], [np.inf], [-np.inf], [0.0, -0.0], [1e-40, -1e-40], [300.0, -300.0], near_thresholds)
+    for start, values in enumerate(kinds):
         rows = z[start + 1 :: 9]
         rows[...] = np.where(rng.random(rows.shape) < 0.3, rng.choice(values, rows.shape), rows)
     if num_tokens > 8:
