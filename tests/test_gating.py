@@ -60,7 +60,7 @@ def hard_logits(rng, num_tokens, num_experts, dtype=np.float32):
     """Rows of ties, infinities, NaN, zeros of both signs, subnormals and saturated values among ordinary ones."""
     z = rng.normal(0, 3, (num_tokens, num_experts))
     z[0::7] = rng.integers(-2, 3, z[0::7].shape)
-    near_thresholds = [-19.5, -20.5, -25.0, -38.0, -42.0, -60.0, 22.0]
+    near_thresholds = rng.uniform(-60, -15, 64)
     kinds = ([np.nan], [np.inf], [-np.inf], [0.0, -0.0], [1e-40, -1e-40], [300.0, -300.0], near_thresholds)
     for start, values in enumerate(kinds):
         rows = z[start + 1 :: 9]
