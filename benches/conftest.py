@@ -114,6 +114,7 @@ def pytest_sessionfinish(session):
     }
     kind = re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {cores()} cores {(machine['isas'] or ['numpy'])[-1]}".lower())
     path = ROOT / "benches/results" / f"{kind.strip('-')}.jsonl"
+    path.parent.mkdir(exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**common, **line}) + "\n" for line in lines)
     print(f"\n{len(lines)} lines added to {path.relative_to(ROOT)}")
