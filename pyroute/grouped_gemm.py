@@ -47,11 +47,12 @@ def grouped_gemm(
 
     Notes
     -----
-    Each element is within ``4 * 2**-24 * (abs(a) @ abs(b).T)``, plus half an ULP of the output type, of the exact
-    product of the dequantised operands. Its bits depend on its row, its column and K alone: not on the other rows, the
-    segment's length, the number of threads or, on the cpu backend, the instruction set (docs/numerics.md has the order
-    of the sum). An FP8 operand whose blocks are a multiple of 128 wide along K keeps its scales out of the inner sum;
-    any other block shape is legal and multiplied in first.
+    Each element is within ``c * 2**-24 * (abs(a) @ abs(b).T)``, plus half an ULP of the output type, of the exact
+    product of the dequantised operands: c is 4 for products of similar size and ``23 + K / 128`` for any data. Its bits
+    depend on its row, its column and K alone: not on the other rows, the segment's length, the number of threads or, on
+    the cpu backend, the instruction set (docs/numerics.md has the order of the sum). An FP8 operand whose blocks are a
+    multiple of 128 wide along K keeps its scales out of the inner sum; any other block shape is legal and multiplied in
+    first.
 
     Cost: 2 R N K floating-point operations; for a few rows per expert, one read of the weights of the experts that have
     rows.

@@ -55,11 +55,20 @@ def _by_segment(x, matrices, expert_offsets):
     return product, magnitude
 
 
-def bound(product, magnitude, mantissa_bits):
-    """Largest allowed error per element: ``4 * 2**-24`` of the magnitude and half an ULP of the output type.
+def bound(product, magnitude, mantissa_bits, units=4):
+    """Largest allowed error per element: ``units * 2**-24`` of the magnitude and half an ULP of the output type.
 
     The half ULP is taken where the unrounded float32 sum may lie, one error above the product.
     """
-    sum_error = 4 * 2.0**-24 * magnitude
+    sum_error = units * 2.0**-24 * magnitude
     _, exponent = np.frexp(np.abs(product) + sum_error)
     return sum_error + np.ldexp(0.5, np.maximum(exponent, -125) - mantissa_bits - 1)
+
+
+def worst_case_units(length):
+    """Roundings that a product can go through on its way into a sum over ``length``, each at most 2**-24 of it.
+
+    Two when operands are dequantised, one of the product itself (without a fused multiply-add), 15 additions in a
+    lane's block, the block's scale and its application, an addition per block, three when lanes are added.
+    """
+    return 23 + -(-length // 128)
