@@ -14,6 +14,7 @@
 #include <new>
 #include <vector>
 
+#include "cpu/grouped_gemm_decode.h"
 #include "cpu/threads.h"
 
 namespace pyroute::cpu {
@@ -238,13 +239,17 @@ void multiply_by_segment(const GroupedGemmArgs &args, bool transposed) {
     const int64_t row_bytes = num_cols * item_size(args.out_type);
     char *out = static_cast<char *>(args.out);
     std::vector<Product> products;
+    DecodeBatch decode;
     for (int64_t e = 0; e < args.num_experts; ++e) {
         const int64_t begin = args.expert_offsets[e], end = args.expert_offsets[e + 1];
-        if (begin < end)
-            products.push_back({segment(args.a, e, begin, end, length, false),
-                                matrix(args.b, e, args.n, args.k, transposed), end - begin, num_cols,
-                                out + begin * row_bytes});
+        if (begin == end)
+            continue;
+        const Product p = {segment(args.a, e, begin, end, length, false), matrix(args.b, e, args.n, args.k, transposed),
+                           end - begin, num_cols, out + begin * row_bytes};
+        if (!decode.add(p.x, p.y, p.num_rows, num_cols, p.out, args.out_type))
+            products.push_back(p);
     }
+    decode.run();
     const int64_t used = args.expert_offsets[args.num_experts];
     std::memset(out + used * row_bytes, 0, static_cast<size_t>((args.num_rows - used) * row_bytes));
     run_products(products, {args.out_type, false});

@@ -228,7 +228,7 @@ void pack_block(const PanelSource &s, const Packing &of, int64_t first, int num_
     clear_rows(to, num_rows);
 }
 
-void pack(const PanelSource &s, int64_t first, int64_t num_rows, PanelBlock *panel) {
+[[maybe_unused]] void pack(const PanelSource &s, int64_t first, int64_t num_rows, PanelBlock *panel) {
     const Packing of = packing_of(s);
     const int64_t blocks = (s.length + panel_depth - 1) / panel_depth;
     if (s.columns)
