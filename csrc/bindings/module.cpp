@@ -16,6 +16,7 @@ void bind_quantization(py::module_ &module);
 void bind_grouped_gemm(py::module_ &module);
 void bind_moe(py::module_ &module);
 void bind_limits(py::module_ &module);
+void bind_memory(py::module_ &module);
 } // namespace pyroute
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
@@ -50,4 +51,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     pyroute::bind_grouped_gemm(module);
     pyroute::bind_moe(module);
     pyroute::bind_limits(module);
+    pyroute::bind_memory(module);
 }
