@@ -51,7 +51,7 @@ def activate(
     """``act(gate_up + bias) * row_weights``: [R, 2I] (relu2: [R, I]) to [R, I] of the same dtype."""
     match backend:
         case "cpu":
-            hidden = np.empty((gate_up.shape[0], gate_up.shape[1] // (1 + program.gated)), gate_up.dtype)
+            hidden = _backend.empty((gate_up.shape[0], gate_up.shape[1] // (1 + program.gated)), gate_up.dtype)
             _backend.core.moe_activate(gate_up, bias, *experts, row_weights, program, hidden)
             return hidden
         case _:
@@ -76,8 +76,9 @@ def activate_backward(
     """
     match backend:
         case "cpu":
-            hidden, grad_gate_up = np.empty_like(grad_hidden), np.empty_like(gate_up)
-            dots = np.empty(gate_up.shape[0], np.float32)
+            hidden = _backend.empty(grad_hidden.shape, grad_hidden.dtype)
+            grad_gate_up = _backend.empty(gate_up.shape, gate_up.dtype)
+            dots = _backend.empty(gate_up.shape[:1], np.float32)
             _backend.core.moe_activate_backward(
                 gate_up, bias, *experts, row_weights, program, grad_hidden, hidden, grad_gate_up, dots
             )
@@ -116,7 +117,7 @@ def bias_grad(rows: Array, experts: ExpertRows, row_weights: Array | None, backe
     """
     match backend:
         case "cpu":
-            grad = np.empty((experts.expert_offsets.shape[0] - 1, rows.shape[1]), np.float32)
+            grad = _backend.empty((experts.expert_offsets.shape[0] - 1, rows.shape[1]), np.float32)
             _backend.core.moe_bias_grad(rows, *experts, row_weights, grad)
             return grad
         case _:

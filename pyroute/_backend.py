@@ -29,6 +29,9 @@ except ImportError as error:  # a source tree without the built extension, or a 
     _core_error = "it is not built for this Python" if missing else str(error)
 HAS_CORE = not _core_error
 
+# numpy.empty(shape, dtype) whose memory, if it is 64 KiB or more, is kept when the array goes and serves the next call
+empty = _core.empty if HAS_CORE else np.empty
+
 Array = Any
 NAMES = ("numpy", "cupy", "cpu", "cuda")
 
@@ -115,6 +118,11 @@ def get_num_threads() -> int:
 def array_module(x: Array) -> Any:
     """``numpy`` or ``cupy``, whichever owns ``x``."""
     return sys.modules["cupy"] if _check.is_cupy(x) else np
+
+
+def empty_beside(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """An array that is not filled, where ``x`` is: on the host or on its GPU."""
+    return sys.modules["cupy"].empty(shape, dtype) if _check.is_cupy(x) else empty(shape, dtype)
 
 
 def as_array(

@@ -89,8 +89,8 @@ def topk_gating(
     match _backend.choose(function, backend, z, b, ids, mask):
         case "cpu":
             shape = (z.shape[0], router.top_k)
-            idx, weights = np.empty(shape, np.int32), np.empty(shape, contract.weight_dtype(z))
-            counts = np.empty(router.num_experts, np.int32)
+            idx, weights = _backend.empty(shape, np.int32), _backend.empty(shape, contract.weight_dtype(z))
+            counts = _backend.empty((router.num_experts,), np.int32)
             fields = contract.core_router(router)
             _backend.core.topk_gating(fields, z, _check.DTYPE_NAMES[z.dtype], b, ids, mask, idx, weights, counts)
             return Gating(idx, weights, counts)
@@ -171,7 +171,7 @@ def topk_gating_backward(
     z_scale = 2.0 * z_coef / max(1, num_real)
     match chosen:
         case "cpu":
-            out = np.empty(z.shape, grad.dtype)
+            out = _backend.empty(z.shape, grad.dtype)
             fractions, _, scales, of_token = balance or (None, None, None, None)
             fields = contract.core_router(router)
             _backend.core.topk_gating_backward(

@@ -94,8 +94,8 @@ def expert_choice_gating(
         case "cpu":
             dtype = contract.weight_dtype(z)
             shape = (z.shape[1], capacity)
-            idx, weights = np.empty(shape, np.int32), np.empty(shape, dtype)
-            keys = np.empty((z.shape[1], tokens.size), dtype.replace("float", "int"))
+            idx, weights = _backend.empty(shape, np.int32), _backend.empty(shape, dtype)
+            keys = _backend.empty((z.shape[1], tokens.size), dtype.replace("float", "int"))
             _backend.core.expert_choice(z, _check.DTYPE_NAMES[z.dtype], tokens, keys, idx, weights)
         case _:
             idx, weights = array_gating.expert_choice(xp, z, capacity, tokens)

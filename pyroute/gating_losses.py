@@ -76,7 +76,7 @@ def balance_loss(
     )  # fmt: skip
     match chosen:
         case "cpu":
-            terms = np.empty(z.shape[0])
+            terms = _backend.empty(z.shape[:1], np.float64)
             parts = balance.fractions, balance.scales, balance.sequence
             _backend.core.gating_loss_terms(router.score, z, _check.DTYPE_NAMES[z.dtype], *parts, terms)
         case _:
@@ -115,7 +115,7 @@ def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -
     xp = _backend.array_module(z)
     match chosen:
         case "cpu":
-            terms = np.empty(z.shape[0])
+            terms = _backend.empty(z.shape[:1], np.float64)
             _backend.core.gating_loss_terms("softmax", z, _check.DTYPE_NAMES[z.dtype], None, None, None, terms)
         case _:
             terms = array_losses.z_loss_terms(xp, z)

@@ -173,7 +173,7 @@ def grouped_gemm_wgrad(
     _check_segments(name, "a", a, offsets)
     axes = (("E", offsets.shape[0] - 1), ("N", grad_out.shape[1]), ("K", a.shape[1]))
     if out is None:
-        out = _backend.array_module(offsets).empty([extent for _, extent in axes], "float32")
+        out = _backend.empty_beside(offsets, tuple(extent for _, extent in axes), "float32")
     else:
         memory = (*given, *_memory(grad_out), *_memory(a))
         _check.output(name, argument, out, _check.DTYPES["float32"], axes, *memory)
@@ -240,4 +240,4 @@ def _output(
     if out is not None:
         _check.output(function, "out", out, dtype, axes, *given, *_memory(a), *_memory(b))
         return out
-    return _backend.array_module(_memory(a)[0]).empty([extent for _, extent in axes], dtype)
+    return _backend.empty_beside(_memory(a)[0], tuple(extent for _, extent in axes), dtype)

@@ -158,13 +158,15 @@ def moe_forward(
     alignment = _check.integer("moe_forward", "alignment", alignment, 1, 2**31 - 1)
     _check.one_of("moe_forward", "return_saved", return_saved, (False, True))
 
-    xp, on = _backend.array_module(layer.x), layer.backend
+    on = layer.backend
     try:
         plan = plan_routes(layer.topk_idx, layer.w_down.shape[0], alignment=alignment, backend=on)
     except ValueError as error:  # an id out of range, or too many rows: the arguments have the same names here
         raise ValueError(str(error).replace("plan_routes", "moe_forward", 1)) from None
-    results = xp.empty((plan.num_rows, layer.x.shape[1]), layer.x.dtype)
-    gate_up = xp.empty((plan.num_rows, layer.w_gate_up.shape[1]), layer.x.dtype) if return_saved else None
+    results = _backend.empty_beside(layer.x, (plan.num_rows, layer.x.shape[1]), layer.x.dtype)
+    gate_up = None
+    if return_saved:
+        gate_up = _backend.empty_beside(layer.x, (plan.num_rows, layer.w_gate_up.shape[1]), layer.x.dtype)
     for part in _parts(layer, plan):
         _forward_part(part, None if gate_up is None else gate_up[part.rows], results[part.rows])
     y = unpermute(results, plan, layer.topk_weights if weight_on == "output" else None, backend=on)
@@ -207,9 +209,9 @@ def moe_backward(grad_y: Any, saved: MoeSaved) -> MoeGradients:
     _backend.choose("moe_backward", None, grad_y, layer.x)
 
     xp, on = _backend.array_module(layer.x), layer.backend
-    like = [None if w is None else xp.empty(w.shape, xp.float32) for w in layer.by_expert]
+    like = [None if w is None else _backend.empty_beside(layer.x, w.shape, xp.float32) for w in layer.by_expert]
     grads = MoeGradients(None, xp.zeros(layer.topk_weights.shape, xp.float32), *like)
-    grad_rows = xp.empty((plan.num_rows, hidden), layer.x.dtype)
+    grad_rows = _backend.empty_beside(layer.x, (plan.num_rows, hidden), layer.x.dtype)
     for part in _parts(layer, plan):
         _backward_part(part, grad_y, saved.gate_up[part.rows], grads, grad_rows[part.rows])
     if layer.weight_on == "input":

@@ -49,7 +49,7 @@ def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | 
     match _backend.choose(function, backend, x, plan.row_to_token, out):
         case "cpu":
             if out is None:
-                out = np.empty((plan.num_rows, x.shape[1]), x.dtype)
+                out = _backend.empty((plan.num_rows, x.shape[1]), x.dtype)
             _backend.core.permute(x, plan.row_to_token, plan.token_to_row, out)
             return out
         case _:
@@ -91,8 +91,8 @@ def permute_quantize(
     _check.one_of("permute_quantize", "scale_format", scale_format, ("float32", "ue8m0"))
     match _backend.choose("permute_quantize", backend, x, plan.row_to_token):
         case "cpu":
-            codes = np.empty((plan.num_rows, x.shape[1]), np.uint8)
-            scales = np.empty((plan.num_rows, -(-x.shape[1] // 128)), np.float32)
+            codes = _backend.empty((plan.num_rows, x.shape[1]), np.uint8)
+            scales = _backend.empty((plan.num_rows, -(-x.shape[1] // 128)), np.float32)
             _backend.core.permute_quantize(
                 x, plan.row_to_token, plan.token_to_row, 128, scale_format == "ue8m0", codes, scales
             )
@@ -161,7 +161,7 @@ def _unpermute(
     match _backend.choose(function, backend, rows, plan.token_to_row, topk_weights, out):
         case "cpu":
             if out is None:
-                out = np.empty((plan.num_tokens, rows.shape[1]), rows.dtype)
+                out = _backend.empty((plan.num_tokens, rows.shape[1]), rows.dtype)
             if topk_weights is None and plan.top_k == 1:  # a move of any type: tokens are the rows of the mirrored maps
                 _backend.core.permute(rows, plan.token_to_row.reshape(-1), plan.row_to_token.reshape(-1, 1), out)
             else:
@@ -206,7 +206,10 @@ def unpermute_backward(
     topk_weights = _weights("unpermute_backward", topk_weights, plan, rows)
     match _backend.choose("unpermute_backward", backend, grad_y, rows, plan.token_to_row, topk_weights):
         case "cpu":
-            grad_rows, grad_weights = np.empty(rows.shape, rows.dtype), np.empty_like(topk_weights)
+            grad_rows, grad_weights = (
+                _backend.empty(rows.shape, rows.dtype),
+                _backend.empty(topk_weights.shape, topk_weights.dtype),
+            )
             _backend.core.unpermute_backward(
                 grad_y, rows, plan.row_to_token, plan.token_to_row, topk_weights, grad_rows, grad_weights
             )

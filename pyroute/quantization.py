@@ -218,8 +218,8 @@ def quantize_fp8(
 
     match _backend.choose("quantize_fp8", backend, x, expert_offsets):
         case "cpu":
-            codes = np.empty(x.shape, np.uint8)
-            scales = np.empty(_scales_shape(x.shape, block, expert_offsets), np.float32)
+            codes = _backend.empty(x.shape, np.uint8)
+            scales = _backend.empty(_scales_shape(x.shape, block, expert_offsets), np.float32)
             _backend.core.quantize_fp8(
                 _matrices(x), cut, format, power_of_two, expert_offsets, _matrices(codes), _matrices(scales)
             )
@@ -248,7 +248,7 @@ def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None =
     codes, cut = q.codes.view(np.uint8), _within(q.block, q.shape)
     match _backend.choose("dequantize_fp8", backend, codes):
         case "cpu":
-            out = np.empty(q.shape, target)
+            out = _backend.empty(q.shape, target)
             _backend.core.dequantize_fp8(
                 _matrices(codes), _matrices(q.scales), cut, q.format, q.expert_offsets, _matrices(out)
             )

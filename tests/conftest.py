@@ -17,6 +17,8 @@ from pyroute import _backend
 os.environ.setdefault("MALLOC_PERTURB_", "128")
 
 _core = _backend.core if _backend.HAS_CORE else None
+if _core:
+    _core.set_memory_fill(0x7F)  # recycled memory likewise
 CPU_FLOORS = [f"cpu-{isa}" for isa in _core.isas()] if _core else []
 FLOORS = ["numpy", *CPU_FLOORS]
 

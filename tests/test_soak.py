@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "16384",
     "MALLOC_ARENA_MAX": "1",  # a second arena has 64 MiB of address space in reserve
     "OPENBLAS_NUM_THREADS": "1",
+    "PYROUTE_CACHE_LIMIT": "0",  # likewise
 }
 
 LAYER = """
