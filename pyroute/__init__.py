@@ -5,6 +5,7 @@ from .gating import Gating, topk_gating, topk_gating_backward
 from .gating_expert_choice import ExpertChoice, expert_choice_gating
 from .gating_losses import balance_loss, update_bias, z_loss
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
+from .memory import CacheInfo, cache_info, empty_cache, set_cache_limit
 from .moe import MoeGradients, MoeSaved, moe_backward, moe_forward
 from .permutation import (
     permute,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackendInfo",
+    "CacheInfo",
     "ExpertChoice",
     "Fp8Array",
     "Gating",
@@ -32,7 +34,9 @@ __all__ = [
     "__version__",
     "backends",
     "balance_loss",
+    "cache_info",
     "dequantize_fp8",
+    "empty_cache",
     "expert_choice_gating",
     "get_num_threads",
     "grouped_gemm",
@@ -46,6 +50,7 @@ __all__ = [
     "plan_routes",
     "presets",
     "quantize_fp8",
+    "set_cache_limit",
     "set_num_threads",
     "topk_gating",
     "topk_gating_backward",

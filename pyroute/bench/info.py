@@ -103,7 +103,9 @@ def _cpu_details(facts: dict[str, Any]) -> list[str]:
         threads = f"threads: {machine['threads']}, from OpenMP; OMP_NUM_THREADS=1 changes it"
     else:
         threads = "threads: 1, built without OpenMP"
-    return [isa, threads, f"compiler: {machine['compiler']}"]
+    kept = number_of_bytes(machine["cache_limit_bytes"])
+    memory = f"freed results: up to {kept} are kept for the next call; PYROUTE_CACHE_LIMIT=0 keeps none"
+    return [isa, threads, memory, f"compiler: {machine['compiler']}"]
 
 
 def _package_rows(packages: dict[str, str | None]) -> list[tuple[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import __version__, _backend
+from .. import __version__, _backend, memory
 
 OPTIONAL_PACKAGES = ("cupy", "torch", "transformers", "safetensors", "rich")
 
@@ -92,6 +92,7 @@ def describe_machine() -> dict[str, Any]:
         "cores": cores(),
         "memory_available_bytes": available_memory(),
         "last_level_cache_bytes": last_level_cache(),
+        "cache_limit_bytes": memory.cache_info().limit,
         "compiler": core.compiler() if core else None,
         "isa": core.isa() if core else None,
         "isas": core.isas() if core else [],
