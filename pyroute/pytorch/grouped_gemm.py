@@ -1,0 +1,160 @@
+"""The grouped GEMM room for tensors: every expert's rows times its matrix, with both gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._check import type_error
+from ..grouped_gemm import grouped_gemm as core_gemm
+from ..grouped_gemm import grouped_gemm_dgrad as core_dgrad
+from ..grouped_gemm import grouped_gemm_wgrad as core_wgrad
+from ._library import define, goes_direct
+from ._tensors import NUMPY_DTYPES, array, check_tensors, tensor
+from .quantization import Fp8Tensor, fp8_array
+
+Operand = Any  # a Tensor or an Fp8Tensor
+
+
+def grouped_gemm(a: Operand, b: Operand, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`pyroute.grouped_gemm`: ``out[r] = b[e] @ a[r]`` for every row r of expert e's segment.
+
+    Parameters
+    ----------
+    a : float32, bfloat16 or Fp8Tensor [R, K]
+    b : float32, bfloat16 or Fp8Tensor [E, N, K]
+    expert_offsets : int32 or int64 [E + 1]
+    out_dtype : float32 or bfloat16, optional
+        By default float32 if ``a`` or ``b`` is float32, else bfloat16.
+
+    Returns
+    -------
+    [R, N]
+        Rows past the last offset are zero. Gradients reach the operands that are not FP8: those of ``b`` are summed in
+        float32 and rounded once to its type. Under autocast float32 operands are cast as in ``torch.nn.functional``.
+    """
+    a, a_scales, a_block = _parts(a)
+    b, b_scales, b_block = _parts(b)
+    given = (a, a_scales, a_block, b, b_scales, b_block, expert_offsets, out_dtype)
+    if goes_direct(a, a_scales, b, b_scales, expert_offsets):
+        return _gemm_kernel(*given)
+    check_tensors("grouped_gemm", "a", a=a, a_scales=a_scales, b=b, b_scales=b_scales, expert_offsets=expert_offsets)
+    return _grouped_gemm(*given)
+
+
+def _parts(x: Any) -> tuple[Any, Tensor | None, tuple[int, int]]:
+    return x if isinstance(x, Fp8Tensor) else (x, None, (1, 128))
+
+
+def _operand(function: str, argument: str, x: Tensor, scales: Tensor | None, block: Any) -> Any:
+    if scales is None:
+        return array(function, argument, x)
+    return fp8_array(function, argument, x, scales, block)
+
+
+def autocast_float(dtype: torch.dtype, x: Any) -> Any:
+    """float32 becomes the autocast type where the core has it; float16 becomes float32, which holds it."""
+    if x is None or x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return x
+    return x.to(torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)
+
+
+def _autocast(dtype: torch.dtype, *args: Any) -> tuple[Any, ...]:
+    a, a_scales, a_block, b, b_scales, b_block, *rest = args
+    return (autocast_float(dtype, a), a_scales, a_block, autocast_float(dtype, b), b_scales, b_block, *rest)
+
+
+# --- forward ----------------------------------------------------------------------------------------------------------
+
+
+def _gemm_kernel(
+    a: Tensor, a_scales: Tensor | None, a_block: Any, b: Tensor, b_scales: Tensor | None, b_block: Any,
+    expert_offsets: Tensor, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    function = "grouped_gemm"
+    left, right = _operand(function, "a", a, a_scales, a_block), _operand(function, "b", b, b_scales, b_block)
+    offsets = array(function, "expert_offsets", expert_offsets)
+    return tensor(core_gemm(left, right, offsets, out_dtype=_numpy_dtype(function, out_dtype)))
+
+
+def _numpy_dtype(function: str, dtype: torch.dtype | None) -> Any:
+    if dtype is not None and dtype not in (torch.float32, torch.bfloat16):
+        raise type_error(function, "out_dtype", "torch.float32 or torch.bfloat16", str(dtype))
+    return None if dtype is None else NUMPY_DTYPES[dtype]
+
+
+def _gemm_fake(
+    a: Tensor, a_scales: Tensor | None, a_block: Any, b: Tensor, b_scales: Tensor | None, b_block: Any,
+    expert_offsets: Tensor, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    check_tensors("grouped_gemm", "a", a=a, a_scales=a_scales, b=b, b_scales=b_scales, expert_offsets=expert_offsets)
+    wide = any(x.dtype == torch.float32 for x, scales in ((a, a_scales), (b, b_scales)) if scales is None)
+    dtype = out_dtype or (torch.float32 if wide else torch.bfloat16)
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+
+
+def _gemm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    a, a_scales, ctx.a_block, b, b_scales, ctx.b_block, expert_offsets, _ = inputs
+    ctx.save_for_backward(a, a_scales, b, b_scales, expert_offsets)
+
+
+def _gemm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    a, a_scales, b, b_scales, offsets = ctx.saved_tensors
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[0]:
+        grad_a = _grouped_gemm_dgrad(grad, b, b_scales, ctx.b_block, offsets, a.dtype)
+    if ctx.needs_input_grad[3]:
+        grad_b = _grouped_gemm_wgrad(grad, a, a_scales, ctx.a_block, offsets).to(b.dtype)
+    return grad_a, None, None, grad_b, None, None, None, None
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def _dgrad_kernel(
+    grad: Tensor, b: Tensor, b_scales: Tensor | None, b_block: Any, expert_offsets: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    function = "grouped_gemm_dgrad"
+    right, offsets = _operand(function, "b", b, b_scales, b_block), array(function, "expert_offsets", expert_offsets)
+    dtype = _numpy_dtype(function, out_dtype)
+    return tensor(core_dgrad(array(function, "grad_out", grad), right, offsets, out_dtype=dtype))
+
+
+def _dgrad_fake(
+    grad: Tensor, b: Tensor, b_scales: Tensor | None, b_block: Any, expert_offsets: Tensor, out_dtype: torch.dtype
+) -> Tensor:
+    return grad.new_empty((grad.shape[0], b.shape[2]), dtype=out_dtype)
+
+
+def _wgrad_kernel(grad: Tensor, a: Tensor, a_scales: Tensor | None, a_block: Any, expert_offsets: Tensor) -> Tensor:
+    function = "grouped_gemm_wgrad"
+    left, offsets = _operand(function, "a", a, a_scales, a_block), array(function, "expert_offsets", expert_offsets)
+    return tensor(core_wgrad(array(function, "grad_out", grad), left, offsets))
+
+
+def _wgrad_fake(grad: Tensor, a: Tensor, a_scales: Tensor | None, a_block: Any, expert_offsets: Tensor) -> Tensor:
+    return grad.new_empty((expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype=torch.float32)
+
+
+_grouped_gemm_dgrad = define(
+    "grouped_gemm_dgrad(Tensor grad_out, Tensor b, Tensor? b_scales, int[2] b_block, Tensor expert_offsets, "
+    "ScalarType out_dtype) -> Tensor",
+    _dgrad_kernel,
+    _dgrad_fake,
+)
+_grouped_gemm_wgrad = define(
+    "grouped_gemm_wgrad(Tensor grad_out, Tensor a, Tensor? a_scales, int[2] a_block, Tensor expert_offsets) -> Tensor",
+    _wgrad_kernel,
+    _wgrad_fake,
+)
+_grouped_gemm = define(
+    "grouped_gemm(Tensor a, Tensor? a_scales, int[2] a_block, Tensor b, Tensor? b_scales, int[2] b_block, "
+    "Tensor expert_offsets, ScalarType? out_dtype) -> Tensor",
+    _gemm_kernel,
+    _gemm_fake,
+    backward=_gemm_grad,
+    save=_gemm_save,
+    autocast=_autocast,
+)

@@ -1,0 +1,185 @@
+"""The MoE layer for tensors: one op forward, one backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import moe as core
+from .._activation import Activation, activation_program
+from .._moe_arguments import WeightOn, check_layer
+from ..quantization import ScaleFormat
+from ..route_plan import plan_routes
+from ._library import define, goes_direct
+from ._tensors import array, check_tensors, optional_array, tensor
+from .grouped_gemm import Operand, autocast_float
+from .quantization import Fp8Tensor, fp8_array
+
+_NAMES = (
+    "x", "topk_idx", "topk_weights", "w_gate_up", "w_gate_up_scales", "w_down", "w_down_scales", "b_gate_up", "b_down",
+)  # fmt: skip
+
+
+def moe_forward(
+    x: Tensor, topk_idx: Tensor, topk_weights: Tensor, w_gate_up: Operand, w_down: Operand, *,
+    b_gate_up: Tensor | None = None, b_down: Tensor | None = None, activation: Activation = "swiglu",
+    limit: float | None = None, alpha: float | None = None, weight_on: WeightOn = "output",
+    quantize_activations: bool | ScaleFormat = False,
+) -> Tensor:  # fmt: skip
+    """:func:`pyroute.moe_forward` on tensors, with every gradient.
+
+    Parameters
+    ----------
+    x : float32 or bfloat16 [num_tokens, hidden]
+    topk_idx : integer [num_tokens, top_k], -1 is not routed
+    topk_weights : any floating type [num_tokens, top_k], used as float32
+    w_gate_up, w_down : float32, bfloat16 or Fp8Tensor
+    others
+        As in the core.
+
+    Returns
+    -------
+    [num_tokens, hidden] of x's dtype
+
+    Notes
+    -----
+    Where a gradient is to be recorded, the rows between the first GEMM and the activation are kept for it:
+    ``num_tokens * top_k * 2 * intermediate`` elements of x's type; the rest is computed again. The gradients of the
+    weights are summed in float32 and rounded once to their type. Under autocast float32 x, weights and biases are cast;
+    ``topk_weights`` are not.
+    """
+    w_gate_up, scales, block = w_gate_up if isinstance(w_gate_up, Fp8Tensor) else (w_gate_up, None, (1, 128))
+    w_down, down_scales, down_block = w_down if isinstance(w_down, Fp8Tensor) else (w_down, None, (1, 128))
+    tensors = (x, topk_idx, topk_weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down)
+    if isinstance(quantize_activations, bool):
+        quantize_activations = "float32" if quantize_activations else ""  # type: ignore[assignment]
+    options = (block, down_block, activation, limit, alpha, weight_on, quantize_activations)
+    if goes_direct(*tensors):
+        return _moe_kernel(*tensors, *options)
+    check_tensors("moe_forward", "x", **dict(zip(_NAMES, tensors, strict=True)))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _moe_forward_saved(*tensors, *options)[0]
+    return _moe_forward(*tensors, *options)
+
+
+def _autocast(dtype: torch.dtype, x: Tensor, *args: Any) -> tuple[Any, ...]:
+    ids, weights, w_gate_up, scales, w_down, down_scales, *rest = args
+    b_gate_up, b_down, *options = rest
+    cast = (autocast_float(dtype, t) for t in (x, w_gate_up, w_down, b_gate_up, b_down))
+    x, w_gate_up, w_down, b_gate_up, b_down = cast
+    return (x, ids, weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down, *options)
+
+
+def _weight(function: str, argument: str, w: Tensor, scales: Tensor | None, block: Any) -> Any:
+    return array(function, argument, w) if scales is None else fp8_array(function, argument, w, scales, block)
+
+
+def _arguments(function: str, tensors: tuple[Any, ...], blocks: tuple[Any, Any]) -> tuple[tuple[Any, ...], Any, Any]:
+    """The core's positional arguments and its biases."""
+    x, topk_idx, topk_weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down = tensors
+    positional = (
+        array(function, "x", x),
+        array(function, "topk_idx", topk_idx),
+        array(function, "topk_weights", topk_weights),
+        _weight(function, "w_gate_up", w_gate_up, scales, blocks[0]),
+        _weight(function, "w_down", w_down, down_scales, blocks[1]),
+    )
+    return positional, optional_array(function, "b_gate_up", b_gate_up), optional_array(function, "b_down", b_down)
+
+
+def _forward(args: tuple[Any, ...], return_saved: bool) -> Any:
+    *blocks, activation, limit, alpha, weight_on, quantize = args[9:]
+    positional, b_gate_up, b_down = _arguments("moe_forward", args[:9], (blocks[0], blocks[1]))
+    return core.moe_forward(
+        *positional, b_gate_up=b_gate_up, b_down=b_down, activation=activation, limit=limit, alpha=alpha,
+        weight_on=weight_on, quantize_activations=quantize or False, return_saved=return_saved,
+    )  # fmt: skip
+
+
+def _moe_kernel(*args: Any) -> Tensor:
+    return tensor(_forward(args, False))
+
+
+def _moe_fake(x: Tensor, *args: Any) -> Tensor:
+    check_tensors("moe_forward", "x", **dict(zip(_NAMES, (x, *args[:8]), strict=True)))
+    return x.new_empty(x.shape)
+
+
+def _saved_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    y, saved = _forward(args, True)
+    gate_up, slots = saved.gate_up, args[1].numel()
+    if gate_up.shape[0] < slots:  # slots that are not routed have no row: the static shape has one for each
+        missing = np.zeros((slots - gate_up.shape[0], gate_up.shape[1]), gate_up.dtype)
+        gate_up = np.concatenate([gate_up, missing])
+    return tensor(y), tensor(gate_up)
+
+
+def _saved_fake(x: Tensor, topk_idx: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    num_tokens, top_k = topk_idx.shape
+    return _moe_fake(x, topk_idx, *args), x.new_empty((num_tokens * top_k, args[1].shape[1]))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.options = inputs[9:]
+    ctx.save_for_backward(*inputs[:9], output[1])
+
+
+def _grad(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, gate_up = ctx.saved_tensors
+    x, _, topk_weights, w_gate_up, _, w_down, _, b_gate_up, b_down = tensors
+    grads = _moe_backward(grad_y, gate_up, *tensors, *ctx.options)
+    needed = (0, x), (2, topk_weights), (3, w_gate_up), (5, w_down), (7, b_gate_up), (8, b_down)
+    result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for grad, (place, like) in zip(grads, needed, strict=True):
+        if ctx.needs_input_grad[place]:
+            result[place] = grad.to(like.dtype)
+    return tuple(result)
+
+
+def _backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    function = "moe_backward"
+    *blocks, activation, limit, alpha, weight_on, quantize = args[9:]
+    positional, b_gate_up, b_down = _arguments(function, args[:9], (blocks[0], blocks[1]))
+    x, topk_idx, topk_weights, *weights = positional
+    layer = check_layer(
+        function, x, topk_idx, topk_weights, (weights[0], weights[1]), (b_gate_up, b_down), None,
+        activation_program(function, activation, limit, alpha), weight_on, quantize or False,
+    )  # fmt: skip
+    plan = plan_routes(layer.topk_idx, layer.w_down.shape[0])
+    rows = array(function, "gate_up", gate_up)[: plan.num_rows]
+    grads = core.moe_backward(array(function, "grad_y", grad_y), core.MoeSaved(layer, plan, rows))
+    return tuple(torch.empty(0) if grad is None else tensor(grad) for grad in grads)
+
+
+def _backward_fake(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    x, _, topk_weights, w_gate_up, _, w_down, _, b_gate_up, b_down = args[:9]
+
+    def wide(like: Tensor | None) -> Tensor:
+        return x.new_empty(0 if like is None else like.shape, dtype=torch.float32)
+
+    return (x.new_empty(x.shape), *(wide(like) for like in (topk_weights, w_gate_up, w_down, b_gate_up, b_down)))
+
+
+_ARGUMENTS = (
+    "Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor w_gate_up, Tensor? w_gate_up_scales, Tensor w_down, "
+    "Tensor? w_down_scales, Tensor? b_gate_up, Tensor? b_down, int[2] gate_up_block, int[2] down_block, "
+    "str activation, float? limit, float? alpha, str weight_on, str quantize_activations"
+)
+_moe_backward = define(
+    f"moe_backward(Tensor grad_y, Tensor gate_up, {_ARGUMENTS}) -> (Tensor x, Tensor topk_weights, "
+    "Tensor w_gate_up, Tensor w_down, Tensor b_gate_up, Tensor b_down)",
+    _backward_kernel,
+    _backward_fake,
+)
+_moe_forward = define(f"moe_forward({_ARGUMENTS}) -> Tensor", _moe_kernel, _moe_fake, autocast=_autocast)
+_moe_forward_saved = define(
+    f"moe_forward_saved({_ARGUMENTS}) -> (Tensor y, Tensor gate_up)",
+    _saved_kernel,
+    _saved_fake,
+    backward=_grad,
+    save=_save,
+    autocast=_autocast,
+)
