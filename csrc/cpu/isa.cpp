@@ -12,9 +12,10 @@ bool isa_available(Isa isa) {
     // GCC's tests include what the operating system saves: a CPU flag without XSAVE state does not count.
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     switch (isa) {
-    case Isa::avx512:
+    case Isa::avx512: // AVX-512 without its byte permutations (before Ice Lake and Zen 4) is served by AVX2
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+               __builtin_cpu_supports("avx512vbmi");
     case Isa::avx2:
         return avx2;
     default:

@@ -20,17 +20,34 @@ struct Block {
     const void *y; // weights of the first column
     int64_t y_stride;
     int length, num_cols;
+    float undo, restore; // see Shifted
     const char *next;
     alignas(64) float x[decode_rows][panel_depth];
     float x_scales[decode_rows];
     float y_scales[decode_totals];
-    alignas(64) float totals[decode_totals][lanes]; // [column][row]
+    alignas(64) float totals[decode_totals][lanes];
 };
+
+// Two columns lie side by side, so that a register of sixteen lanes holds both.
+constexpr int total_index(int col, int row, int rows) { return (col / 2 * rows + row) * 2 + col % 2; }
+
+// The lines of what comes next, one for each line of what is read.
+PYROUTE_INLINE void fetch_next(const Block &b, int col, int cols, int item_size) {
+    if (b.next)
+        for (int64_t bytes = b.length * item_size, line = 0; line < cols * bytes; line += 64)
+            __builtin_prefetch(b.next + col * bytes + line, 0, 2);
+}
+PYROUTE_INLINE void done_with_block(Block &b, int item_size) {
+    if (b.next)
+        b.next += b.num_cols * int64_t{b.length} * item_size;
+}
 
 template <class Type> struct Exact {
     using Storage = typename Type::Storage;
+    PYROUTE_INLINE f32x8 row(const Block &b, int i, int k) { return load<f32x8>(&b.x[i][k]); }
     PYROUTE_INLINE f32x8 widen(const Storage *from) { return load_elements<Type>(from); }
     PYROUTE_INLINE f32x8 widen(const Storage *from, int count) { return load_elements<Type>(from, count); }
+    PYROUTE_INLINE f32x8 finish(const Block &, const f32x8 &partial) { return partial; }
 };
 
 template <class Weights, int rows, int cols> PYROUTE_INLINE void multiply_columns(Block &b, int col) {
@@ -48,7 +65,7 @@ template <class Weights, int rows, int cols> PYROUTE_INLINE void multiply_column
             const f32x8 weights = Weights::widen(y + j * b.y_stride + k);
 #pragma GCC unroll 12
             for (int i = 0; i < rows; ++i)
-                partial[j][i] = fma(load<f32x8>(&b.x[i][k]), weights, partial[j][i]);
+                partial[j][i] = fma(Weights::row(b, i, k), weights, partial[j][i]);
         }
     if (k < b.length)
 #pragma GCC unroll 12
@@ -56,55 +73,75 @@ template <class Weights, int rows, int cols> PYROUTE_INLINE void multiply_column
             const f32x8 weights = Weights::widen(y + j * b.y_stride + k, b.length - k);
 #pragma GCC unroll 12
             for (int i = 0; i < rows; ++i)
-                partial[j][i] = fma(load<f32x8>(&b.x[i][k]), weights, partial[j][i]);
+                partial[j][i] = fma(Weights::row(b, i, k), weights, partial[j][i]);
         }
 #pragma GCC unroll 12
     for (int j = 0; j < cols; ++j)
 #pragma GCC unroll 12
         for (int i = 0; i < rows; ++i) {
-            float *total = b.totals[(col + j) * rows + i];
+            float *total = b.totals[total_index(col + j, i, rows)];
             const f32x8 scale = broadcast<f32x8>(b.y_scales[col + j] * b.x_scales[i]);
-            store(total, fma(partial[j][i], scale, load<f32x8>(total)));
+            store(total, fma(Weights::finish(b, partial[j][i]), scale, load<f32x8>(total)));
         }
 }
 
 constexpr int columns_at_once(int rows) { return rows <= 3 ? 4 : rows <= 6 ? 2 : 1; }
 
-template <class Weights, int rows> void multiply_block(Block &b) {
-    constexpr int cols = columns_at_once(rows);
-    const int64_t bytes = b.length * static_cast<int>(sizeof(typename Weights::Storage));
-    int col = 0;
-    for (; col + cols <= b.num_cols; col += cols) {
-        if (b.next)
-            for (int64_t line = 0; line < cols * bytes; line += 64)
-                __builtin_prefetch(b.next + col * bytes + line, 0, 2);
-        multiply_columns<Weights, rows, cols>(b, col);
+template <class Type, int rows> struct ExactBlock {
+    static void multiply(Block &b) {
+        constexpr int cols = columns_at_once(rows), size = sizeof(typename Type::Storage);
+        int col = 0;
+        for (; col + cols <= b.num_cols; col += cols) {
+            fetch_next(b, col, cols, size);
+            multiply_columns<Exact<Type>, rows, cols>(b, col);
+        }
+        for (; col < b.num_cols; ++col)
+            multiply_columns<Exact<Type>, rows, 1>(b, col);
+        done_with_block(b, size);
     }
-    for (; col < b.num_cols; ++col)
-        multiply_columns<Weights, rows, 1>(b, col);
-    if (b.next)
-        b.next += b.num_cols * bytes;
-}
+};
+
+} // namespace
+} // namespace pyroute::cpu::PYROUTE_ISA
+
+#if defined(__AVX512VBMI__)
+#include "cpu/avx512/grouped_gemm_decode_fp8.h"
+#elif defined(__AVX2__)
+#include "cpu/avx2/grouped_gemm_decode_fp8.h"
+#endif
+
+namespace pyroute::cpu::PYROUTE_ISA {
+namespace {
 
 using MultiplyBlock = void (*)(Block &);
 
-template <class Weights> MultiplyBlock by_rows(int64_t num_rows) {
+template <template <class, int> class Kernel, class Type> MultiplyBlock by_rows(int64_t num_rows) {
     constexpr MultiplyBlock all[decode_rows] = {
-        multiply_block<Weights, 1>, multiply_block<Weights, 2>, multiply_block<Weights, 3>, multiply_block<Weights, 4>,
-        multiply_block<Weights, 5>, multiply_block<Weights, 6>, multiply_block<Weights, 7>, multiply_block<Weights, 8>};
+        Kernel<Type, 1>::multiply, Kernel<Type, 2>::multiply, Kernel<Type, 3>::multiply, Kernel<Type, 4>::multiply,
+        Kernel<Type, 5>::multiply, Kernel<Type, 6>::multiply, Kernel<Type, 7>::multiply, Kernel<Type, 8>::multiply};
     return all[num_rows - 1];
 }
+
+#if defined(__AVX512VBMI__)
+template <class Format> MultiplyBlock fp8_by_rows(int64_t num_rows) { return by_rows<TableBlock, Format>(num_rows); }
+#elif defined(__AVX2__)
+template <class Format> MultiplyBlock fp8_by_rows(int64_t num_rows) { return by_rows<ShiftedBlock, Format>(num_rows); }
+#else
+template <class Format> MultiplyBlock fp8_by_rows(int64_t num_rows) {
+    return by_rows<ExactBlock, Fp8<Format>>(num_rows);
+}
+#endif
 
 MultiplyBlock multiply_block_of(ElementType type, int64_t num_rows) {
     switch (type) {
     case ElementType::float32:
-        return by_rows<Exact<Float32>>(num_rows);
+        return by_rows<ExactBlock, Float32>(num_rows);
     case ElementType::bfloat16:
-        return by_rows<Exact<Bfloat16>>(num_rows);
+        return by_rows<ExactBlock, Bfloat16>(num_rows);
     case ElementType::e4m3:
-        return by_rows<Exact<Fp8<E4m3>>>(num_rows);
+        return fp8_by_rows<E4m3>(num_rows);
     default:
-        return by_rows<Exact<Fp8<E5m2>>>(num_rows);
+        return fp8_by_rows<E5m2>(num_rows);
     }
 }
 
@@ -124,6 +161,28 @@ void row_block_scales(const PanelSource &s, int64_t first, int count, int64_t bl
             to[i] = *scale;
 }
 
+using WidenRows = void (*)(const PanelSource &s, int num_rows, int64_t depth, int length, float (*to)[panel_depth]);
+
+template <class Type, bool multiply_scales>
+void widen_rows(const PanelSource &s, int num_rows, int64_t depth, int length, float (*to)[panel_depth]) {
+    for (int i = 0; i < num_rows; ++i)
+        pack_row<Type, multiply_scales>(s, i, depth, length, to[i]);
+}
+
+WidenRows widen_rows_of(const PanelSource &s) {
+    const bool multiply_scales = s.scales && !s.keeps_scales;
+    switch (s.type) {
+    case ElementType::float32:
+        return widen_rows<Float32, false>;
+    case ElementType::bfloat16:
+        return widen_rows<Bfloat16, false>;
+    case ElementType::e4m3:
+        return multiply_scales ? widen_rows<Fp8<E4m3>, true> : widen_rows<Fp8<E4m3>, false>;
+    default:
+        return multiply_scales ? widen_rows<Fp8<E5m2>, true> : widen_rows<Fp8<E5m2>, false>;
+    }
+}
+
 void write_totals(const Block &b, const DecodeProduct &p, int64_t first_col) {
     const auto rows = static_cast<int>(p.num_rows);
     for (int i = 0; i < rows; ++i)
@@ -131,7 +190,7 @@ void write_totals(const Block &b, const DecodeProduct &p, int64_t first_col) {
             const int count = smaller(b.num_cols - col, lanes);
             f32x8 value = {};
             for (int j = 0; j < count; ++j)
-                value[j] = sum_lanes(load<f32x8>(b.totals[(col + j) * rows + i]));
+                value[j] = sum_lanes(load<f32x8>(b.totals[total_index(col + j, i, rows)]));
             const int64_t at = i * p.out_stride + first_col + col;
             if (p.out_type == ElementType::bfloat16)
                 store_elements<Bfloat16>(static_cast<uint16_t *>(p.out) + at, value, count);
@@ -145,18 +204,16 @@ void multiply(const DecodeProduct &p, int64_t first_col, int64_t num_cols, const
     b.num_cols = static_cast<int>(num_cols);
     b.y_stride = p.y.stride;
     b.next = next;
-    memset(b.totals, 0, sizeof(b.totals[0]) * static_cast<size_t>(num_cols * p.num_rows));
+    memset(b.totals, 0, sizeof(b.totals[0]) * static_cast<size_t>((num_cols + num_cols % 2) * p.num_rows));
     const auto multiply_block = multiply_block_of(p.y.type, p.num_rows);
-    const Packing packing_of_x = packing_of(p.x);
+    const auto widen_rows = widen_rows_of(p.x);
     const char *y = static_cast<const char *>(p.y.data) + first_col * p.y.stride * item_size(p.y.type);
-    PanelBlock x;
     for (int64_t depth = 0; depth < p.x.length; depth += panel_depth) {
         const int64_t block = depth / panel_depth;
         const auto rows = static_cast<int>(p.num_rows);
         b.y = y + depth * item_size(p.y.type);
         b.length = smaller(p.x.length - depth, panel_depth);
-        packing_of_x.row_block(p.x, 0, rows, block, x);
-        memcpy(b.x, x.values, sizeof(b.x[0]) * static_cast<size_t>(rows));
+        widen_rows(p.x, rows, depth, b.length, b.x);
         row_block_scales(p.x, 0, rows, block, b.x_scales);
         row_block_scales(p.y, first_col, b.num_cols, block, b.y_scales);
         multiply_block(b);
