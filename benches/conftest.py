@@ -10,21 +10,14 @@ docs/benchmarking.md says what the numbers mean.
 
 from __future__ import annotations
 
-import datetime
-import json
-import re
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
+import records
 import shapes
 
 import pyroute
 from pyroute.bench.limits import measure_limits
-from pyroute.bench.machine import cores, cpu_model, describe_machine
 
-ROOT = Path(__file__).resolve().parent.parent
 lines_key = pytest.StashKey[list]()
 
 
@@ -51,10 +44,7 @@ def shape(small):
 
     def make(model: str, tokens: int) -> shapes.Shape:
         s = shapes.shape(model, tokens)
-        if not small:
-            return s
-        config = pyroute.RouterConfig(8, min(2, s.top_k), s.config.score)
-        return s._replace(tokens=min(64, tokens), hidden=1024, intermediate=512, num_experts=8, config=config)
+        return shapes.small(s) if small else s
 
     return make
 
@@ -106,20 +96,5 @@ def pytest_sessionfinish(session):
     lines = session.config.stash[lines_key]
     if not (lines and session.config.getoption("--record")):
         return
-    machine = describe_machine()
-    common = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
-        **{key: machine[key] for key in ("cpu", "cores", "compiler", "isa", "threads", "python", "numpy")},
-    }
-    kind = re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {cores()} cores {(machine['isas'] or ['numpy'])[-1]}".lower())
-    path = ROOT / "benches/results" / f"{kind.strip('-')}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps({**common, **line}) + "\n" for line in lines)
-    print(f"\n{len(lines)} lines added to {path.relative_to(ROOT)}")
-
-
-def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
-    return result.stdout.strip() or "unknown" if arguments[0] == "rev-parse" else result.stdout.strip()
+    path = records.append(lines)
+    print(f"\n{len(lines)} lines added to {path.relative_to(records.ROOT)}")

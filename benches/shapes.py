@@ -39,6 +39,12 @@ def shape(model: str, tokens: int) -> Shape:
     return Shape(model, tokens, sizes.hidden, sizes.intermediate, sizes.num_experts, config)
 
 
+def small(s: Shape) -> Shape:
+    """At most 64 tokens and 8 experts of 1024 x 512: where cases only have to run."""
+    config = pyroute.RouterConfig(8, min(2, s.top_k), s.config.score)
+    return s._replace(tokens=min(64, s.tokens), hidden=1024, intermediate=512, num_experts=8, config=config)
+
+
 def logits(s: Shape) -> np.ndarray:
     return np.random.default_rng(1).normal(size=(s.tokens, s.num_experts)).astype(np.float32)
 

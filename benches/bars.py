@@ -1,0 +1,132 @@
+"""What pyroute's CPU kernels are held to: for every row of the table its cases, and the bars that each must pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import problems
+import shapes
+
+
+class Measured(NamedTuple):
+    """Medians in seconds of the columns that gave times, and the run's limits."""
+
+    seconds: Mapping[str, float]
+    fma_gflops: float
+    read_gbs: float
+    copy_gbs: float
+
+
+class Bar(NamedTuple):
+    """``value(measured, problem)`` has to reach ``target`` (or stay under it), None where a column is missing."""
+
+    text: str
+    target: float
+    value: Callable[[Measured, Any], float | None]
+    unit: str = "x"
+    at_most: bool = False
+
+    def met(self, value: float) -> bool:
+        return value <= self.target if self.at_most else value >= self.target
+
+
+def faster(ours: str, than: str | Sequence[str], by: float) -> Bar:
+    """The other's time over ours; of several others the fastest counts."""
+    others = [than] if isinstance(than, str) else list(than)
+
+    def value(m: Measured, problem: Any) -> float | None:
+        times = [m.seconds[name] for name in others if name in m.seconds]
+        return min(times) / m.seconds[ours] if times and ours in m.seconds else None
+
+    return Bar(f"{ours} : {than if isinstance(than, str) else 'best peer'}", by, value)
+
+
+def share(ours: str, of: str, at_least: float, nbytes: Callable[[Any], int] | None = None) -> Bar:
+    """The least bytes of the work over what reading or copying would move in our time."""
+
+    def value(m: Measured, problem: Any) -> float | None:
+        moved = nbytes(problem) if nbytes else problem.nbytes
+        rate = m.read_gbs if of == "read" else m.copy_gbs
+        return moved / 1e9 / rate / m.seconds[ours] if ours in m.seconds else None
+
+    return Bar(f"{ours} : {of} bandwidth", at_least, value)
+
+
+def at_most(ours: str, seconds: float) -> Bar:
+    return Bar(f"{ours}, us", seconds * 1e6, lambda m, p: m.seconds.get(ours, math.nan) * 1e6, "us", True)
+
+
+class Case(NamedTuple):
+    row: str
+    make: Callable[[Callable[[shapes.Shape], shapes.Shape]], problems.Problem]  # of a function that may make it small
+    bars: tuple[Bar, ...]
+
+
+def _gate(model: str, tokens: int, *bars: Bar) -> Case:
+    return Case("gate", lambda size: problems.Gate(size(shapes.shape(model, tokens))), bars)
+
+
+def _move(op: str, dtype: str, *bars: Bar) -> Case:
+    return Case("permute", lambda size: problems.Move(size(shapes.shape("olmoe", 4096)), op, dtype), bars)
+
+
+def _moves(dtype: str) -> list[Case]:
+    return [
+        _move("permute", dtype, share("pyroute", "copy", 0.9), share("pyroute fresh", "copy", 0.6)),
+        _move(
+            "unpermute",
+            dtype,
+            share("pyroute", "copy", 0.9),
+            share("pyroute fresh", "copy", 0.6),
+            faster("pyroute", "torch mul, index, sum", 20),
+        ),
+    ]
+
+
+def _quantize(dtype: str) -> Case:
+    bars = share("pyroute", "copy", 0.8), share("pyroute fresh", "copy", 0.8)
+    return Case("quantize", lambda size: problems.Quantize(size(shapes.shape("deepseek-v3", 4096)), dtype), bars)
+
+
+def _decode(tokens: int, factor: float, *bars: Bar) -> Case:
+    s = shapes.shape("deepseek-v2-lite", tokens)
+    s = s._replace(config=shapes.shape("olmoe", 1).config)  # top-8 of 64
+    bars = (*(faster(f"pyroute FP8{suffix}", "ggml q8_0", factor) for suffix in ("", " both")), *bars)
+    return Case("decode", lambda size: problems.decode(size(s)), bars)
+
+
+def _one_byte_a_weight(p: problems.Gemm) -> int:
+    return p.bytes_with(1) + p.a16.nbytes + 4 * len(p.a) * p.sizes[1]
+
+
+def _prefill(op: str, row: str, bar: float, kinds: Sequence[str]) -> Case:
+    bars = tuple(faster(f"pyroute {kind}", "torch bmm float32", bar) for kind in kinds)
+    s = shapes.shape("deepseek-v2-lite", 512)._replace(num_experts=8)
+    return Case(row, lambda size: problems.prefill(op, size(s)), bars)
+
+
+def cases() -> list[Case]:
+    """All of them, in the order of the table."""
+    numba, eager = "numba loops", "torch eager"
+    return [
+        _gate("deepseek-v3", 4096, faster("pyroute", eager, 10), faster("pyroute", numba, 4)),
+        _gate("deepseek-v3", 1, at_most("pyroute", 5e-6)),
+        _gate("qwen3-moe", 4096, faster("pyroute", eager, 8)),
+        _gate("mixtral", 4096, faster("pyroute", eager, 5)),
+        *_moves("float32"),
+        *_moves("bfloat16"),
+        _quantize("float32"),
+        _quantize("bfloat16"),
+        _decode(1, 1.0, share("pyroute FP8", "read", 0.85, _one_byte_a_weight)),
+        _decode(8, 1.3),
+        _decode(32, 1.5),
+        _prefill("gemm", "prefill", 0.95, ("float32", "bfloat16", "FP8", "FP8 both")),
+        _prefill("dgrad", "backward", 0.9, ("float32", "bfloat16", "FP8")),
+        _prefill("wgrad", "backward", 0.9, ("float32", "bfloat16")),
+    ]
+
+
+def row_names() -> list[str]:
+    return list(dict.fromkeys(case.row for case in cases()))

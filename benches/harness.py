@@ -1,0 +1,134 @@
+"""Several columns on one problem, interleaved: each is checked once, then sampled in rounds, so that a slow moment of
+the machine falls on all of them alike.
+
+A sample is one call, or as many calls as fill ``SAMPLE_SECONDS``; before it the process sleeps a little, so that the
+thread pools of the others stop spinning. docs/benchmarking.md holds the rules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from peers import Column, Peer, Work, reason
+from problems import TOLERANCES, Problem
+
+PAUSE_SECONDS = 0.02
+SAMPLE_SECONDS = 0.004
+COLUMN_SECONDS = 6.0  # a column that has used this up is sampled no more, except for its first round
+
+
+@dataclasses.dataclass
+class Cell:
+    """A column's outcome: samples, or why there are none."""
+
+    peer: str
+    version: str
+    name: str
+    kind: str
+    status: str = "ok"  # "missing", "failed", "wrong answer": with a note; their times are not reported
+    note: str = ""
+    error: float | None = None
+    tolerance: float = 0.0
+    samples: list[float] = dataclasses.field(default_factory=list)
+    work: Work | None = None
+    set_threads: Callable[[int], object] = lambda n: None
+    calls: int = 1
+    spent: float = 0.0
+
+    @property
+    def timed(self) -> bool:
+        return self.status == "ok" and bool(self.samples)
+
+    def percentile(self, q: float) -> float:
+        return float(np.percentile(self.samples, q))
+
+    @property
+    def median(self) -> float:
+        return self.percentile(50)
+
+
+def prepare(problem: Problem, peer: Peer, column: Column, threads: int) -> Cell | None:
+    """Build the column, check its result, warm it up; None where it has nothing to say about this problem."""
+    cell = Cell(peer.name, peer.version, column.name, column.kind, tolerance=TOLERANCES[column.kind])
+    cell.set_threads = peer.set_threads
+    try:
+        peer.set_threads(threads)
+        work = column.build(problem)
+        if work is None:
+            return None
+        if work.before:
+            work.before()
+        cell.error = problem.error(work.read(work.run()))
+        if not cell.error <= cell.tolerance:
+            cell.status, cell.note = "wrong answer", f"error {cell.error:.1e} over {cell.tolerance:.0e}"
+            return cell
+        cell.work = work
+        seconds = _time(work, 1)
+        if seconds < SAMPLE_SECONDS:
+            seconds = _time(work, 3)
+            cell.calls = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-7)))
+    except Exception as error:  # a peer may fail in any way; the table says how
+        cell.status, cell.note = "failed", reason(error)
+    return cell
+
+
+def sample(
+    cells: Iterable[Cell],
+    threads: int,
+    rounds: int,
+    *,
+    cold: bool = False,
+    step: Callable[[str], Any] = lambda what: None,
+) -> None:
+    """Rounds over all cells that are ready; the order is turned by one each time. Interrupted: what is there stays."""
+    ready = [cell for cell in cells if cell.work is not None]
+    for i in range(rounds):
+        for cell in ready[i % max(1, len(ready)) :] + ready[: i % max(1, len(ready))]:
+            if i and cell.spent > COLUMN_SECONDS:
+                continue
+            step(cell.name)
+            _sample(cell, threads, cold)
+
+
+def _sample(cell: Cell, threads: int, cold: bool) -> None:
+    assert cell.work is not None
+    cell.set_threads(threads)
+    if cell.work.before:
+        cell.work.before()
+    calls = cell.calls
+    if cold:
+        calls = 1
+        _evict()
+    time.sleep(PAUSE_SECONDS)
+    if not cold and cell.calls > 1:  # one call wakes the column's own threads; long calls do not notice
+        cell.work.run()
+    try:
+        seconds = _time(cell.work, calls)
+    except Exception as error:
+        cell.status, cell.note, cell.work = "failed", reason(error), None
+        return
+    cell.samples.append(seconds)
+    cell.spent += seconds * calls
+
+
+def _time(work: Work, calls: int) -> float:
+    """Seconds per call."""
+    run = work.run
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    return (time.perf_counter() - start) / calls
+
+
+_evictor: list[np.ndarray] = []
+
+
+def _evict() -> None:
+    """Write more than any last cache holds."""
+    if not _evictor:
+        _evictor.append(np.zeros(1 << 27, np.uint8))
+    _evictor[0] += 1

@@ -1,0 +1,91 @@
+"""Other implementations of the same work, one small file each, behind one interface; none of them is required.
+
+A peer is a module of this package with
+
+    NAME                        as the tables call it
+    version() -> str
+    set_threads(n)              optional: called before each of its samples
+
+and functions under :func:`column`, each of which turns a problem into a :class:`Work`. A peer that cannot be imported,
+raises, or computes something else is reported with its reason by :mod:`harness`; it is never left out in silence.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+# In the order of the tables. pyroute is measured through the same interface as everybody else.
+MODULES = ("ours", "torch_eager", "torch_compile", "torch_gemm", "numba_loops", "ggml_ops")
+
+
+class Work(NamedTuple):
+    """One column's work on one problem, ready to run; its inputs are already in the peer's own form."""
+
+    run: Callable[[], Any]  # timed
+    read: Callable[[Any], Any] = lambda value: value  # what run returned, as the problem's NumPy result; not timed
+    before: Callable[[], object] | None = None  # before each sample, not timed
+
+
+class Column(NamedTuple):
+    """A way to do one operation: ``build(problem)`` makes its Work, or returns None where the column does not apply."""
+
+    op: str
+    name: str
+    build: Callable[[Any], Work | None]
+    kind: str  # what the numbers pass through, for the tolerance: problems.TOLERANCES
+    module: str
+
+
+def column(op: str, name: str, *, kind: str = "float32") -> Callable[[Callable], Callable]:
+    """Register a function ``problem -> Work`` as a column of the op's tables."""
+
+    def register(build: Callable[[Any], Work | None]) -> Callable[[Any], Work | None]:
+        _columns.setdefault(build.__module__, []).append(Column(op, name, build, kind, build.__module__))
+        return build
+
+    return register
+
+
+_columns: dict[str, list[Column]] = {}
+
+
+class Peer(NamedTuple):
+    """A loaded module, or the reason why there is none."""
+
+    name: str
+    version: str
+    columns: tuple[Column, ...]
+    set_threads: Callable[[int], object]
+    problem: str = ""
+
+
+def load(names: tuple[str, ...] = MODULES) -> Iterator[Peer]:
+    for name in names:
+        yield load_one(name)
+
+
+def load_one(name: str, package: str = __name__) -> Peer:
+    module_name = f"{package}.{name}" if package else name
+    try:
+        module = importlib.import_module(module_name)
+        return Peer(
+            module.NAME,
+            module.version(),
+            tuple(_columns.get(module_name, ())),
+            getattr(module, "set_threads", lambda n: None),
+        )
+    except Exception as error:  # a peer may fail in any way; the table says how
+        return Peer(name, "", (), lambda n: None, reason(error))
+
+
+def reason(error: BaseException) -> str:
+    """One line that says what went wrong."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:160]}" if text else type(error).__name__
+
+
+def package_version(distribution: str) -> str:
+    return importlib.metadata.version(distribution)

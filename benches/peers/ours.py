@@ -1,0 +1,142 @@
+"""pyroute itself, on its best instruction set and on AVX2, with ``out=`` and with fresh results."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import numpy as np
+
+import pyroute
+from peers import Work, column
+from pyroute import _backend
+
+NAME = "pyroute"
+_core = _backend.core if _backend.HAS_CORE else None
+ISAS = _core.isas()[::-1][:2] if _core else ["numpy"]  # best first
+BEST = ISAS[0]
+
+
+def version() -> str:
+    return pyroute.__version__
+
+
+def set_threads(n: int) -> None:
+    pyroute.set_num_threads(n)
+
+
+def takes_out(function) -> bool:
+    return "out" in inspect.signature(function).parameters
+
+
+def ours(op: str, *names: str, kind: str = "float32", only_best: bool = False):
+    """Register a builder ``(problem, name) -> Work`` under each name, for the best instruction set and the next."""
+
+    def register(build):
+        for name in names:
+            for isa in ISAS[:1] if only_best else [isa for isa in ISAS if isa != "scalar"] or ISAS:
+
+                @column(op, name if isa == BEST else f"{name} {isa}", kind=kind)
+                @functools.wraps(build)
+                def built(problem, name=name, isa=isa):
+                    work = build(problem, name)
+                    return work and work._replace(before=lambda: _core and _core.set_isa(isa))
+
+        return build
+
+    return register
+
+
+@ours("gate", "pyroute")
+def gate(p, name):
+    return Work(lambda: pyroute.topk_gating(p.logits, p.config, bias=p.bias), lambda g: (g.topk_weights, g.topk_idx))
+
+
+@ours("permute", "pyroute", "pyroute fresh", kind="exact")
+def permute(p, name):
+    if name.endswith("fresh"):
+        return Work(lambda: pyroute.permute(p.x, p.plan))
+    out = np.empty_like(p.rows)
+    return Work(lambda: pyroute.permute(p.x, p.plan, out=out))
+
+
+@ours("unpermute", "pyroute", "pyroute fresh", kind="bfloat16")
+def unpermute(p, name):
+    weights = p.gating.topk_weights
+    if name.endswith("fresh"):
+        return Work(lambda: pyroute.unpermute(p.rows, p.plan, weights))
+    out = np.empty_like(p.x)
+    return Work(lambda: pyroute.unpermute(p.rows, p.plan, weights, out=out))
+
+
+@ours("quantize", "pyroute", "pyroute fresh", kind="codes")
+def quantize(p, name):
+    def read(q):
+        return q.codes, q.scales
+
+    if name.endswith("fresh"):
+        return Work(lambda: pyroute.quantize_fp8(p.x), read)
+    if not takes_out(pyroute.quantize_fp8):
+        return None
+    out = pyroute.quantize_fp8(p.x)
+    return Work(lambda: pyroute.quantize_fp8(p.x, out=out), read)
+
+
+def _gemm(p, a, w):
+    out = pyroute.grouped_gemm(a, w, p.offsets)
+    return Work(lambda: pyroute.grouped_gemm(a, w, p.offsets, out=out))
+
+
+@ours("gemm", "pyroute float32")
+def gemm_float32(p, name):
+    return _gemm(p, p.a, p.w32)
+
+
+@ours("gemm", "pyroute bfloat16", kind="bfloat16")
+def gemm_bfloat16(p, name):
+    return _gemm(p, p.a16, p.w16)
+
+
+@ours("gemm", "pyroute FP8", kind="fp8")
+def gemm_fp8(p, name):
+    return _gemm(p, p.a16, p.w8)
+
+
+@ours("gemm", "pyroute FP8 both", kind="fp8 both")
+def gemm_fp8_both(p, name):
+    return _gemm(p, pyroute.quantize_fp8(p.a), p.w8)
+
+
+def _dgrad(p, grad, w):
+    out = pyroute.grouped_gemm_dgrad(grad, w, p.offsets)
+    return Work(lambda: pyroute.grouped_gemm_dgrad(grad, w, p.offsets, out=out))
+
+
+@ours("dgrad", "pyroute float32")
+def dgrad_float32(p, name):
+    return _dgrad(p, p.grad, p.w32)
+
+
+@ours("dgrad", "pyroute bfloat16", kind="bfloat16")
+def dgrad_bfloat16(p, name):
+    return _dgrad(p, p.grad16, p.w16)
+
+
+@ours("dgrad", "pyroute FP8", kind="fp8")
+def dgrad_fp8(p, name):
+    return _dgrad(p, p.grad16, p.w8)
+
+
+def _wgrad(p, grad, a):
+    out = pyroute.grouped_gemm_wgrad(grad, a, p.offsets)
+    return Work(lambda: pyroute.grouped_gemm_wgrad(grad, a, p.offsets, out=out))
+
+
+@ours("wgrad", "pyroute float32")
+def wgrad_float32(p, name):
+    return _wgrad(p, p.grad, p.a)
+
+
+@ours("wgrad", "pyroute bfloat16", kind="bfloat16")
+def wgrad_bfloat16(p, name):
+    return _wgrad(p, p.grad16, p.a16)

@@ -1,0 +1,177 @@
+"""Tables and record lines of a comparison."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pyroute
+from pyroute.bench.terminal import duration, has_rich, report_console
+
+STEADY = 0.6  # of a probe's median run to its best; docs/benchmarking.md
+
+
+class Cell(str):
+    """Text of a table with the style that rich gives it."""
+
+    style = ""
+
+    @classmethod
+    def of(cls, text: str, style: str) -> Cell:
+        cell = cls(text)
+        cell.style = style
+        return cell
+
+
+def ratio_to_ours(outcome: Any, seconds: float) -> float | None:
+    """This time over that of the pyroute column in front."""
+    ours = next((cell.median for cell in outcome.cells if cell.peer == "pyroute" and cell.timed), None)
+    return None if ours is None else seconds / ours
+
+
+def share_of_limit(outcome: Any, seconds: float) -> float:
+    """The least time that memory or arithmetic needs, over this one."""
+    m, p = outcome.measured, outcome.problem
+    return max(p.nbytes / (m.read_gbs if p.reads else m.copy_gbs), p.flops / m.fma_gflops) / 1e9 / seconds
+
+
+def rate(outcome: Any, seconds: float) -> str:
+    p = outcome.problem
+    if p.flops:
+        return f"{p.flops / seconds / 1e9:.1f} GFLOP/s"
+    return f"{p.nbytes / seconds / 1e9:.1f} GB/s"
+
+
+def lines(outcome: Any, args: Any) -> Iterator[dict[str, Any]]:
+    """One record line per column; those that gave no time say why."""
+    p = outcome.problem
+    for cell in outcome.cells:
+        line = {
+            "op": p.op,
+            "case": p.case,
+            "column": f"{cell.name}",
+            "version": cell.version,
+            "status": cell.status,
+            "error": cell.error,
+            "tolerance": cell.tolerance,
+            "threads": args.threads,
+            "cache": "cold" if args.cold else "warm",
+        }
+        if cell.note:
+            line["note"] = cell.note
+        if cell.timed:
+            line |= {
+                "median_s": cell.median,
+                "p10_s": cell.percentile(10),
+                "p90_s": cell.percentile(90),
+                "rounds": len(cell.samples),
+                "calls": cell.calls,
+                "bytes": p.nbytes,
+                "flops": p.flops,
+                "share_of_limit": share_of_limit(outcome, cell.median),
+                "ratio_to_pyroute": ratio_to_ours(outcome, cell.median),
+            }
+            met = [bar_line(bar, value) for bar, value in outcome.bars if bar_column(bar) == cell.name]
+            if met:
+                line["bars"] = met
+        line["limits"], line["limits_after"] = outcome.limits[0], outcome.limits[-1]
+        yield line
+
+
+def bar_column(bar: Any) -> str:
+    return re.split(r" : |, us", bar.text)[0]
+
+
+def bar_line(bar: Any, value: float | None) -> dict[str, Any]:
+    known = value is not None and value == value
+    return {
+        "bar": bar.text,
+        "target": bar.target,
+        "value": value if known else None,
+        "met": bar.met(value) if known else None,
+    }
+
+
+def show(outcomes: list[Any], everyone: list[Any], args: Any) -> None:
+    for outcome in outcomes:
+        title, header, rows, notes = table(outcome)
+        _print(title, header, rows, notes)
+    rows = [bar_row(outcome, bar, value) for outcome in outcomes for bar, value in outcome.bars]
+    notes = [f"missing: {peer.name}: {peer.problem}" for peer in everyone if peer.problem]
+    if args.interrupted:
+        notes.append("interrupted: the rows above are what had been measured")
+    _print(
+        f"bars, {args.threads} thread{'s' * (args.threads > 1)}, pyroute {pyroute.__version__}",
+        ("case", "bar", "target", "measured", "verdict"),
+        rows,
+        notes,
+        "<<>><",
+    )
+
+
+def table(outcome: Any) -> tuple[str, tuple[str, ...], list[list[Cell]], list[str]]:
+    m = outcome.measured
+    limits = ", ".join(
+        f"{name} {before[key]:.0f}/{after[key]:.0f}"
+        for name, key in (("FMA", "fma_gflops"), ("read", "read_gbs"), ("copy", "copy_gbs"))
+        for before, after in [(outcome.limits[0], outcome.limits[-1])]
+        if before[key]
+    )
+    notes = []
+    best = max(one["fma_gflops"] or 0 for one in outcome.limits)
+    if any((one["fma_gflops"] or 0) < 0.9 * best or one["steadiness"] < STEADY for one in outcome.limits):
+        notes.append("the machine was busy: multiply-adds or bandwidth fell during this case; repeat it")
+    title = f"{outcome.op} {outcome.name}   (GFLOP/s and GB/s before/after: {limits})"
+    rows = []
+    for cell in sorted(outcome.cells, key=lambda cell: cell.median if cell.timed else float("inf")):
+        name = Cell.of(cell.name, "mark" if cell.peer == "pyroute" else "")
+        if not cell.timed:
+            rows.append([name, Cell.of(cell.status, "bad"), *[Cell()] * 5])
+            notes.append(f"{cell.name} {cell.version}: {cell.status}: {cell.note}")
+            continue
+        ratio = ratio_to_ours(outcome, cell.median)
+        spread = f"{duration(cell.percentile(10))} - {duration(cell.percentile(90))}"
+        share = f"{share_of_limit(outcome, cell.median):.0%}" if m.fma_gflops else ""
+        error = "exact" if cell.error == 0 else f"{cell.error:.0e}"
+        texts = duration(cell.median), spread, rate(outcome, cell.median), share, f"{ratio:.2f}" if ratio else "", error
+        rows.append([name, *map(Cell, texts)])
+    header = ("column", "median", "p10 - p90", "rate", "of limit", "/ pyroute", "error")
+    return title, header, rows, notes
+
+
+def bar_row(outcome: Any, bar: Any, value: float | None) -> list[Cell]:
+    unknown = value is None or value != value
+    target = f"{'<= ' if bar.at_most else ''}{bar.target:g}"
+    texts = f"{outcome.op} {outcome.name}", bar.text, target, "-" if unknown else f"{value:.2f}"
+    verdict = (
+        Cell.of("no time", "note") if unknown else Cell.of(*(("met", "good") if bar.met(value) else ("missed", "bad")))
+    )
+    return [*map(Cell, texts), verdict]
+
+
+def _print(
+    title: str, header: tuple[str, ...], rows: list[list[Cell]], notes: list[str], align: str = "<>>>>>>"
+) -> None:
+    """A table with a line a row however wide the terminal: a wrapped table cannot be read, a long line can be cut."""
+    texts = [[str(cell) for cell in row] for row in ([Cell(h) for h in header], *rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    styles = [["note"] * len(header), *[[cell.style for cell in row] for row in rows]]
+    printed = [[(f"{title}", "head")]]
+    for row, style in zip(texts, styles, strict=True):
+        parts = [
+            (f"{cell:{side}{width}}  ", name)
+            for cell, side, width, name in zip(row, align, widths, style, strict=False)
+        ]
+        printed.append([("  ", ""), *parts])
+    printed += [[(f"  {note}", "note")] for note in notes] + [[("", "")]]
+    if not has_rich():
+        print("\n".join("".join(text for text, _ in line).rstrip() for line in printed))
+        return
+    from rich.text import Text
+
+    console = report_console()
+    for line in printed:
+        text = Text.assemble(*line)
+        text.rstrip()
+        console.print(text, soft_wrap=True)

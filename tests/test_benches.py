@@ -1,0 +1,182 @@
+"""The comparison with peers: what a peer does wrong is shown, and what was measured is kept."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+BENCHES = Path(__file__).resolve().parent.parent / "benches"
+pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="needs the source tree")
+
+FAKE = """
+from peers import Work, column
+import pyroute
+NAME = "fake"
+calls = 0
+
+def version():
+    return "1.2"
+
+def gating(p):
+    return pyroute.topk_gating(p.logits, p.config, bias=p.bias, backend="numpy")
+
+@column("gate", "fake right")
+def right(p):
+    return Work(lambda: gating(p), lambda g: (g.topk_weights, g.topk_idx))
+
+@column("gate", "fake wrong")
+def wrong(p):
+    return Work(lambda: gating(p), lambda g: (g.topk_weights * 1.01, g.topk_idx))
+
+@column("gate", "fake raises")
+def raises(p):
+    raise NotImplementedError("no kernel for this\\nmachine")
+
+@column("gate", "fake breaks later")
+def breaks(p):
+    def run():
+        global calls
+        calls += 1
+        if calls > 4:
+            raise FAULT
+        return gating(p)
+    return Work(run, lambda g: (g.topk_weights, g.topk_idx))
+
+@column("gate", "fake does not apply")
+def does_not_apply(p):
+    return None
+"""
+
+
+@pytest.fixture
+def benches(monkeypatch):
+    """The modules of benches/, importable and with instant limits."""
+    monkeypatch.syspath_prepend(str(BENCHES))
+    import compare
+    import harness
+    import peers
+
+    class Limits:
+        threads = 1
+
+        def as_dict(self):
+            return {"fma_gflops": 100.0, "read_gbs": 10.0, "copy_gbs": 20.0, "steadiness": 1.0}
+
+    monkeypatch.setattr(compare, "measure_limits", lambda quick: Limits())
+    monkeypatch.setattr(harness, "PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(harness, "SAMPLE_SECONDS", 0.0)
+    return compare, peers
+
+
+@pytest.fixture
+def fake(benches, tmp_path, monkeypatch):
+    """``fake(fault)``: the outcome of the gate rows with a peer whose last column breaks with the fault."""
+    compare, peers = benches
+
+    def run(fault, *options):
+        source = FAKE.replace("FAULT", fault)
+        name = f"fake_peer_{abs(hash(source))}"
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        peer = load(peers, name)
+        monkeypatch.setattr(peers, "load", lambda names=(): iter([peers.load_one("ours"), peer]))
+        path = tmp_path / "out.json"
+        code = compare.main(["--quick", "--rows", "gate", "--case", "mixtral", "--json", str(path), *options])
+        return code, json.loads(path.read_text())["lines"]
+
+    return run
+
+
+def load(peers, name):
+    sys.modules.pop(name, None)
+    peers._columns.pop(name, None)
+    return peers.load_one(name, package="")
+
+
+def by_column(lines):
+    return {line["column"]: line for line in lines}
+
+
+def test_faults_of_a_peer_are_shown(fake, capsys):
+    code, lines = fake("RuntimeError('out of luck')")
+    line, printed = by_column(lines), capsys.readouterr().out
+    assert code == 0
+    assert line["fake right"]["status"] == "ok"
+    assert line["fake right"]["median_s"] > 0
+    assert line["fake right"]["version"] == "1.2"
+    assert line["fake wrong"]["status"] == "wrong answer"
+    assert "median_s" not in line["fake wrong"]
+    assert line["fake wrong"]["error"] == pytest.approx(0.01, rel=1e-3)
+    assert line["fake raises"]["note"] == "NotImplementedError: no kernel for this machine"
+    assert line["fake breaks later"]["status"] == "failed"
+    assert "fake does not apply" not in line
+    for text in ("wrong answer", "no kernel for this machine", "out of luck"):
+        assert text in printed
+
+
+def test_an_interrupted_run_keeps_what_was_measured(fake, capsys):
+    code, lines = fake("KeyboardInterrupt")
+    assert code == 130
+    assert by_column(lines)["pyroute"]["median_s"] > 0
+    assert "interrupted" in capsys.readouterr().out
+
+
+def test_records_are_appended(fake, tmp_path, monkeypatch):
+    import records
+
+    path = tmp_path / "machine.jsonl"
+    monkeypatch.setattr(records, "machine_file", lambda: path)
+    for _ in range(2):
+        fake("RuntimeError", "--record")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) % 2 == 0
+    assert {"date", "commit", "cpu", "op", "case", "column", "version", "median_s", "p10_s", "p90_s", "limits"} <= set(
+        lines[0]
+    )
+
+
+def test_a_peer_that_is_not_there_has_a_reason(benches):
+    _, peers = benches
+    peer = peers.load_one("not_there")
+    assert peer.columns == ()
+    assert "ModuleNotFoundError" in peer.problem
+
+
+def test_every_row_runs_without_peers(benches, capsys):
+    compare, _ = benches
+    assert compare.main(["--quick"]) == 0
+    printed = capsys.readouterr().out
+    assert "wrong answer" not in printed
+    assert "failed" not in printed
+
+
+@pytest.mark.parametrize("argv", [["--rows", "nothing"], ["--rounds", "0"], ["--threads", "-1"]])
+def test_bad_arguments_are_one_sentence(benches, argv, capsys):
+    compare, _ = benches
+    assert compare.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["a row exchanged", "one element", "not finite"])
+def test_wrong_answers_are_found(benches, damage):
+    import problems
+    import shapes
+
+    p = problems.prefill("gemm", shapes.small(shapes.shape("deepseek-v2-lite", 64)))
+    w = p.w8.dequantize()
+    out = np.concatenate([p.a[64 * e : 64 * e + 64] @ w[e].T for e in range(8)])
+    assert p.error(out) < 1e-5
+    row = p.sample[3][0]
+    if damage == "a row exchanged":
+        out[row] = out[row + 1]
+    elif damage == "one element":
+        out[row, 5] += 0.1
+    else:
+        out[row, 5] = np.nan
+    assert p.error(out) > 1e-4
