@@ -65,6 +65,7 @@ template <class Row> struct BiasGradArgs {
     const float *row_weights; // [R] or null
     float *grad_bias; // [E, N]: sum over the expert's rows of row_weights[r] * rows[r]; zero for an empty expert
     int64_t columns;
+    bool accumulate; // add to grad_bias, where an empty expert keeps its bytes
 };
 
 } // namespace pyroute

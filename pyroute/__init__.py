@@ -1,12 +1,13 @@
 """Expert routing for Mixture-of-Experts models: top-k gating, token permutation, FP8 grouped GEMM."""
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
+from ._moe_arguments import MoeGradients
 from .gating import Gating, topk_gating, topk_gating_backward
 from .gating_expert_choice import ExpertChoice, expert_choice_gating
 from .gating_losses import balance_loss, update_bias, z_loss
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .memory import CacheInfo, cache_info, empty_cache, set_cache_limit
-from .moe import MoeGradients, MoeSaved, moe_backward, moe_forward
+from .moe import MoeSaved, moe_backward, moe_forward
 from .permutation import (
     permute,
     permute_backward,

@@ -18,6 +18,17 @@ ROW_TYPES = ("float32", "bfloat16")
 WEIGHT_TYPES = ("float32", "bfloat16", "float16", "float64")
 
 
+class MoeGradients(NamedTuple):
+    """Gradients of one MoE layer; x in its own dtype, the others float32. None: of an absent bias, or not wanted."""
+
+    x: Array | None
+    topk_weights: Array | None
+    w_gate_up: Array | None
+    w_down: Array | None
+    b_gate_up: Array | None
+    b_down: Array | None
+
+
 class Layer(NamedTuple):
     """The arguments of a call after validation."""
 
@@ -107,3 +118,44 @@ def _scale_format(function: str, quantize_activations: Any) -> ScaleFormat | Non
     if isinstance(chosen, bool):
         return "float32" if chosen else None
     return chosen
+
+
+def gradient_arrays(
+    function: str, layer: Layer, out: Any, accumulate: Any, wanted: Any, inputs: tuple[Any, ...]
+) -> MoeGradients:
+    """An array for each gradient that is wanted: the caller's, or a fresh one."""
+    if out is not None and not isinstance(out, MoeGradients):
+        raise _check.type_error(function, "out", "MoeGradients", _check.describe(out))
+    _check.one_of(function, "accumulate", accumulate, (False, True))
+    names = MoeGradients._fields
+    if wanted is None:
+        wanted = names
+    elif not isinstance(wanted, (tuple, list, set, frozenset)):
+        raise _check.type_error(function, "wanted", "a tuple of names", _check.describe(wanted))
+    for name in wanted:
+        _check.one_of(function, "wanted", name, names)
+    float32 = _check.DTYPES["float32"]
+    arrays: list[Array | None] = []
+    for name, given in zip(names, out or (None,) * len(names), strict=True):
+        like = getattr(layer, name)
+        if like is None or name not in wanted:
+            if given is not None:
+                raise _check.value_error(function, f"out.{name}", "None: it is not computed", _check.describe(given))
+            arrays.append(None)
+            continue
+        dtype = layer.x.dtype if name == "x" else float32
+        if given is not None:
+            axes = tuple((f"axis {i}", extent) for i, extent in enumerate(like.shape))
+            _check.output(function, f"out.{name}", given, dtype, axes, *_memory(layer), *inputs, *arrays)
+        elif accumulate and name not in ("x", "topk_weights"):
+            raise _check.value_error(function, f"out.{name}", "an array to accumulate into", "None")
+        arrays.append(_backend.empty_beside(layer.x, like.shape, dtype) if given is None else given)
+    return MoeGradients(*arrays)
+
+
+def _memory(layer: Layer) -> list[Array]:
+    """Every array that a layer reads."""
+    arrays = [layer.x, layer.topk_idx, layer.topk_weights]
+    for w in layer.by_expert:
+        arrays += [w.codes, w.scales] if isinstance(w, Fp8Array) else [w]
+    return arrays

@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from . import _backend, _check
-from ._activation import (
-    Activation,
-    activate,
-    activate_backward,
-    activation_program,
-    add_bias,
-    add_bias_dots,
-    bias_grad,
-)
-from ._array.moe import ExpertRows
-from ._moe_arguments import Layer, WeightOn, check_layer
-from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
-from .permutation import permute, permute_backward, permute_quantize, unpermute, unpermute_backward
-from .quantization import ScaleFormat, quantize_fp8
-from .route_plan import RoutePlan, plan_routes, unchecked_plan
+from . import _backend, _check, _moe_parts
+from ._activation import Activation, activation_program
+from ._moe_arguments import Layer, MoeGradients, WeightOn, check_layer, gradient_arrays
+from .quantization import Fp8Array, ScaleFormat
+from .route_plan import RoutePlan, plan_routes
 
 Array = Any
 Operand = Any  # an array or an Fp8Array
@@ -65,17 +52,6 @@ class MoeSaved:
         plan = self.plan
         maps = (plan.tokens_per_expert, plan.expert_offsets, plan.row_to_token, plan.token_to_row)
         return int(self.gate_up.nbytes + sum(array.nbytes for array in maps))
-
-
-class MoeGradients(NamedTuple):
-    """Gradients of one MoE layer; x in its own dtype, the others float32, those of absent biases None."""
-
-    x: Array
-    topk_weights: Array
-    w_gate_up: Array
-    w_down: Array
-    b_gate_up: Array | None
-    b_down: Array | None
 
 
 def moe_forward(
@@ -158,22 +134,30 @@ def moe_forward(
     alignment = _check.integer("moe_forward", "alignment", alignment, 1, 2**31 - 1)
     _check.one_of("moe_forward", "return_saved", return_saved, (False, True))
 
-    on = layer.backend
     try:
-        plan = plan_routes(layer.topk_idx, layer.w_down.shape[0], alignment=alignment, backend=on)
+        plan = plan_routes(layer.topk_idx, layer.w_down.shape[0], alignment=alignment, backend=layer.backend)
     except ValueError as error:  # an id out of range, or too many rows: the arguments have the same names here
         raise ValueError(str(error).replace("plan_routes", "moe_forward", 1)) from None
-    results = _backend.empty_beside(layer.x, (plan.num_rows, layer.x.shape[1]), layer.x.dtype)
-    gate_up = None
+    x, gate_up = layer.x, None
     if return_saved:
-        gate_up = _backend.empty_beside(layer.x, (plan.num_rows, layer.w_gate_up.shape[1]), layer.x.dtype)
-    for part in _parts(layer, plan):
-        _forward_part(part, None if gate_up is None else gate_up[part.rows], results[part.rows])
-    y = unpermute(results, plan, layer.topk_weights if weight_on == "output" else None, backend=on)
+        gate_up = _backend.empty_beside(x, (plan.num_rows, layer.w_gate_up.shape[1]), x.dtype)
+    y = _backend.empty_beside(x, x.shape, x.dtype)
+    match layer.backend:
+        case "cpu":
+            _backend.core.moe_forward(_native_layer(layer), *_native_plan(plan), gate_up, y)
+        case _:
+            _moe_parts.forward(layer, plan, gate_up, y, PART_BYTES)
     return y if gate_up is None else (y, MoeSaved(layer, plan, gate_up))
 
 
-def moe_backward(grad_y: Any, saved: MoeSaved) -> MoeGradients:
+def moe_backward(
+    grad_y: Any,
+    saved: MoeSaved,
+    *,
+    out: MoeGradients | None = None,
+    accumulate: bool = False,
+    wanted: tuple[str, ...] | None = None,
+) -> MoeGradients:
     """Gradients of :func:`moe_forward` with respect to everything that is not an id.
 
     Parameters
@@ -181,6 +165,15 @@ def moe_backward(grad_y: Any, saved: MoeSaved) -> MoeGradients:
     grad_y : [num_tokens, hidden] of x's dtype
     saved : MoeSaved
         From the forward call; not changed, so a second call gives the same bytes.
+    out : MoeGradients, optional
+        Arrays to write: C-contiguous, of each gradient's shape and dtype, sharing memory with nothing else. A fresh
+        array takes the place of every None. Weight gradients are as large as float32 weights, and the first write to
+        fresh memory costs more than computing them: a training loop passes those of the step before.
+    accumulate : bool
+        Add the gradients of the weights and biases to what ``out`` holds, ``new = old + gradient`` with one rounding
+        per element; experts without rows keep their bytes. Those of x and topk_weights are this call's alone.
+    wanted : names of MoeGradients, optional
+        What to compute, the rest being None: ``("x", "topk_weights")`` for frozen experts takes half the operations.
 
     Returns
     -------
@@ -202,120 +195,32 @@ def moe_backward(grad_y: Any, saved: MoeSaved) -> MoeGradients:
     """
     if not isinstance(saved, MoeSaved):
         raise _check.type_error("moe_backward", "saved", "a MoeSaved", _check.describe(saved))
-    layer, plan = saved.layer, saved.plan
-    tokens, hidden = layer.x.shape
-    axes = (("num_tokens", tokens), ("hidden", hidden))
+    layer, plan, given = saved.layer, saved.plan, grad_y
+    axes = (("num_tokens", layer.x.shape[0]), ("hidden", layer.x.shape[1]))
     grad_y = _backend.as_array("moe_backward", "grad_y", grad_y, (_check.DTYPE_NAMES[layer.x.dtype],), axes)
     _backend.choose("moe_backward", None, grad_y, layer.x)
-
-    xp, on = _backend.array_module(layer.x), layer.backend
-    like = [None if w is None else _backend.empty_beside(layer.x, w.shape, xp.float32) for w in layer.by_expert]
-    grads = MoeGradients(None, xp.zeros(layer.topk_weights.shape, xp.float32), *like)
-    grad_rows = _backend.empty_beside(layer.x, (plan.num_rows, hidden), layer.x.dtype)
-    for part in _parts(layer, plan):
-        _backward_part(part, grad_y, saved.gate_up[part.rows], grads, grad_rows[part.rows])
-    if layer.weight_on == "input":
-        return grads._replace(x=unpermute(grad_rows, plan, layer.topk_weights, backend=on))
-    return grads._replace(x=permute_backward(grad_rows, plan, backend=on))
-
-
-class _Part(NamedTuple):
-    """A run of experts and their rows, as a layer and a plan of its own."""
-
-    layer: Layer
-    plan: RoutePlan
-    experts: slice  # of the whole layer
-    rows: slice  # of the whole plan
+    inputs = (given, grad_y, saved.gate_up, plan.expert_offsets, plan.row_to_token, plan.token_to_row)
+    grads = gradient_arrays("moe_backward", layer, out, accumulate, wanted, inputs)
+    match layer.backend:
+        case "cpu":
+            _backend.core.moe_backward(
+                _native_layer(layer), *_native_plan(plan), saved.gate_up, grad_y, tuple(grads), accumulate
+            )
+        case _:
+            _moe_parts.backward(layer, plan, saved.gate_up, grad_y, grads, accumulate, PART_BYTES)
+    return grads
 
 
-def _parts(layer: Layer, plan: RoutePlan) -> Iterator[_Part]:
-    """Runs of whole experts whose rows fill at most PART_BYTES, or one expert where it alone fills more."""
-    num_experts, num_rows = plan.num_experts, plan.num_rows
-    most = PART_BYTES // (max(layer.x.shape[1], layer.w_gate_up.shape[1]) * layer.x.dtype.itemsize or 1)
-    if num_rows <= most:
-        yield _Part(layer, plan, slice(0, num_experts), slice(0, num_rows))
-        return
-    xp, starts = _backend.array_module(layer.x), plan.expert_offsets.tolist()
-    first = 0
-    while first < num_experts:
-        last = max(first + 1, bisect.bisect_right(starts, starts[first] + most) - 1)
-        experts, rows = slice(first, last), slice(starts[first], starts[last])
-        inside = (plan.token_to_row >= rows.start) & (plan.token_to_row < rows.stop)
-        yield _Part(
-            layer.of_experts(experts),
-            unchecked_plan(
-                plan.tokens_per_expert[experts],
-                plan.expert_offsets[first : last + 1] - rows.start,
-                plan.row_to_token[rows],
-                xp.where(inside, plan.token_to_row - rows.start, -1).astype(xp.int32),
-                plan.alignment,
-            ),
-            experts,
-            rows,
-        )
-        first = last
+def _native_layer(layer: Layer) -> tuple[Any, ...]:
+    """What csrc/bindings/moe_layer.cpp takes apart."""
+    weights = (_native(layer.w_gate_up), _native(layer.w_down))
+    rest = (layer.b_gate_up, layer.b_down, layer.program, layer.weight_on, layer.scale_format, PART_BYTES)
+    return (layer.x, layer.topk_weights, *weights, *rest)
 
 
-def _forward_part(part: _Part, gate_up: Array | None, results: Array) -> None:
-    """Fill the experts' ``results``, and ``gate_up`` if it is to be kept."""
-    layer, plan = part.layer, part.plan
-    dtype, on, offsets = layer.x.dtype, layer.backend, plan.expert_offsets
-    experts = ExpertRows(offsets, plan.row_to_token)
-    rows = _rows(layer, plan)
-    gate_up = grouped_gemm(rows, layer.w_gate_up, offsets, out_dtype=dtype, out=gate_up, backend=on)
-    before_down = _row_weights(layer.topk_weights, plan) if layer.weight_on == "pre_down" else None
-    hidden = activate(gate_up, layer.b_gate_up, experts, before_down, layer.program, on)
-    if layer.scale_format is not None:
-        hidden = quantize_fp8(hidden, scale_format=layer.scale_format, backend=on)
-    grouped_gemm(hidden, layer.w_down, offsets, out=results, backend=on)
-    if layer.b_down is not None:
-        add_bias(results, layer.b_down, experts, before_down, on)
+def _native(w: Operand) -> Any:
+    return (w.codes, w.format, w.scales, *w.block) if isinstance(w, Fp8Array) else w
 
 
-def _backward_part(part: _Part, grad_y: Array, gate_up: Array, grads: MoeGradients, grad_rows: Array) -> None:
-    """Fill these experts' entries of ``grads`` and their rows of the gradient of x."""
-    layer, plan = part.layer, part.plan
-    dtype, on, offsets = layer.x.dtype, layer.backend, plan.expert_offsets
-    experts = ExpertRows(offsets, plan.row_to_token)
-    row_weights = None if layer.weight_on == "input" else _row_weights(layer.topk_weights, plan)
-    grad_results = permute(grad_y, plan, backend=on)
-    grad_hidden = grouped_gemm_dgrad(grad_results, layer.w_down, offsets, out_dtype=dtype, backend=on)
-    hidden, grad_gate_up, grad_row_weights = activate_backward(
-        gate_up, layer.b_gate_up, experts, row_weights, layer.program, grad_hidden, on
-    )
-    grouped_gemm_wgrad(grad_results, hidden, offsets, out=grads.w_down[part.experts], backend=on)
-    if grads.b_down is not None:
-        grads.b_down[part.experts] = bias_grad(grad_results, experts, row_weights, on)
-        grad_row_weights = add_bias_dots(grad_results, layer.b_down, experts, grad_row_weights, on)
-    if grads.b_gate_up is not None:
-        grads.b_gate_up[part.experts] = bias_grad(grad_gate_up, experts, None, on)
-    grouped_gemm_dgrad(grad_gate_up, layer.w_gate_up, offsets, out=grad_rows, backend=on)
-    routed = plan.token_to_row >= 0
-    if layer.weight_on == "input":
-        rows, by_slot = unpermute_backward(layer.x, grad_rows, plan, layer.topk_weights, backend=on)
-        grads.topk_weights[routed] = by_slot[routed]
-    else:
-        rows = permute(layer.x, plan, backend=on)
-        grads.topk_weights[routed] = grad_row_weights[plan.token_to_row[routed]]
-    grouped_gemm_wgrad(grad_gate_up, rows, offsets, out=grads.w_gate_up[part.experts], backend=on)
-
-
-def _rows(layer: Layer, plan: RoutePlan) -> Operand:
-    """x in expert order, as the first GEMM reads it."""
-    on, scale_format = layer.backend, layer.scale_format
-    if layer.weight_on == "input":  # weight * x in expert order is what the backward pass of unpermute computes
-        rows = permute(layer.x, plan, backend=on)
-        rows, _ = unpermute_backward(layer.x, rows, plan, layer.topk_weights, backend=on)
-        return rows if scale_format is None else quantize_fp8(rows, scale_format=scale_format, backend=on)
-    if scale_format is not None:
-        return permute_quantize(layer.x, plan, scale_format=scale_format, backend=on)
-    return permute(layer.x, plan, backend=on)
-
-
-def _row_weights(topk_weights: Array, plan: RoutePlan) -> Array:
-    """The weight of each row's slot, [R] float32; 0 on padding rows."""
-    xp = _backend.array_module(topk_weights)
-    weights = xp.zeros(plan.num_rows, xp.float32)
-    routed = plan.token_to_row >= 0
-    weights[plan.token_to_row[routed]] = topk_weights[routed]
-    return weights
+def _native_plan(plan: RoutePlan) -> tuple[Array, ...]:
+    return plan.expert_offsets, plan.row_to_token, plan.token_to_row

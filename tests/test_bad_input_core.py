@@ -38,6 +38,13 @@ def fp8_operand(*shape):
     return (ones(u8, *shape), "e4m3", ones(f32, *shape[:-1], 1), 1, 128, True)
 
 
+def moe_layer(w_gate_up):
+    return (
+        ones(f32, T, H), ones(f32, T, K), w_gate_up, ones(f32, E, H, 5), ones(f32, E, 10), ones(f32, E, H), SWIGLU,
+        "output", None, 2**20,
+    )  # fmt: skip
+
+
 CALLS = {
     "topk_gating": [
         ROUTER, ones(f32, T, E), "float32", ones(f32, E), None, ones(u8, T), ones(i32, T, K), ones(f32, T, K),
@@ -79,6 +86,18 @@ CALLS = {
     "moe_add_bias": [ones(f32, R, H), ones(f32, E, H), OFFSETS, ROW_TO_TOKEN, ones(f32, R)],
     "moe_add_bias_dots": [ones(f32, R, H), ones(f32, E, H), OFFSETS, ROW_TO_TOKEN, ones(f32, R)],
     "moe_bias_grad": [ones(f32, R, H), OFFSETS, ROW_TO_TOKEN, ones(f32, R), ones(f32, E, H)],
+    "moe_forward": [
+        moe_layer(ones(f32, E, 10, H)), OFFSETS, ROW_TO_TOKEN, TOKEN_TO_ROW, ones(f32, R, 10), ones(f32, T, H),
+    ],
+    "moe_forward fp8": [
+        moe_layer((ones(u8, E, 10, H), "e4m3", ones(f32, E, 1, 1), 128, 128)), OFFSETS, ROW_TO_TOKEN, TOKEN_TO_ROW,
+        None, ones(f32, T, H),
+    ],
+    "moe_backward": [
+        moe_layer(ones(f32, E, 10, H)), OFFSETS, ROW_TO_TOKEN, TOKEN_TO_ROW, ones(f32, R, 10), ones(f32, T, H),
+        (ones(f32, T, H), ones(f32, T, K), ones(f32, E, 10, H), ones(f32, E, H, 5), ones(f32, E, 10), ones(f32, E, H)),
+        True,
+    ],
 }  # fmt: skip
 OUTPUTS = {  # positions of the arrays that a call writes
     "topk_gating": (6, 7, 8), "topk_gating replay": (6, 7, 8), "topk_gating_backward": (10,), "gating_loss_terms": (6,),
@@ -86,6 +105,7 @@ OUTPUTS = {  # positions of the arrays that a call writes
     "unpermute_backward": (5, 6), "quantize_fp8": (5, 6), "dequantize_fp8": (5,), "grouped_gemm": (3,),
     "grouped_gemm fp8": (3,), "grouped_gemm_wgrad": (3,), "moe_activate": (6,), "moe_activate_backward": (7, 8, 9),
     "moe_add_bias": (0,), "moe_add_bias_dots": (4,), "moe_bias_grad": (4,),
+    "moe_forward": (4, 5), "moe_forward fp8": (5,), "moe_backward": (),
 }  # fmt: skip
 ERRORS = (TypeError, ValueError, IndexError, RuntimeError, OverflowError)
 
@@ -201,6 +221,31 @@ def test_read_only_outputs(name):
         with pytest.raises(ValueError, match="writeable"):
             call(name, {position: array})
         assert array.tobytes() == before
+
+
+def test_read_only_gradients():
+    grads = CALLS["moe_backward"][6]
+    for i in range(len(grads)):
+        array = grads[i].copy()
+        array.flags.writeable = False
+        with pytest.raises(ValueError, match="writeable"):
+            call("moe_backward", {6: (*grads[:i], array, *grads[i + 1 :])})
+        assert (array == 1).all()
+
+
+def test_layers_that_lie():
+    """Numbers and names inside the layer's tuple, and Fp8Arrays whose scales are too few."""
+    layer = CALLS["moe_forward"][0]
+    wrong = {2: [(ones(u8, E, 10, H), "e4m3", ones(f32, E, 1, 1), *block) for block in ((4, 128), (128, 4), (0, 1))]}
+    wrong[2] += [(ones(u8, E, 10, H), "e3m4", ones(f32, E, 1, 1), 128, 128), (), (1, 2, 3, 4, 5)]
+    wrong[6] = [(3, 1.0, 1.0, 0.0), (-1, 1.0, 1.0, 0.0), (0,)]
+    wrong |= {7: ["down", None, 3], 8: [3, ()], 9: ["x", 2**70]}
+    for position, values in wrong.items():
+        for value in values:
+            with pytest.raises(ERRORS):
+                call("moe_forward", {0: (*layer[:position], value, *layer[position + 1 :])})
+    for part_bytes in (-(2**63), -1, 0, 1, 2**63 - 1):
+        call("moe_forward", {0: (*layer[:9], part_bytes)})
 
 
 BAD = [-1, -2, E, T, R, R + 1, 2**20, 2**31 - 1, -(2**31)]

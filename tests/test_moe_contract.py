@@ -10,7 +10,7 @@ from conftest import assert_same_bytes
 from moe_problems import ACTIVATIONS, BF16, KINDS, NAMES, WEIGHT_ON, Problem
 
 import pyroute
-from pyroute import _backend
+from pyroute import _backend, _moe_parts
 
 E4M3 = _backend.FLOAT8["e4m3"]
 
@@ -92,8 +92,8 @@ def test_parts_are_runs_of_experts_that_fit(monkeypatch):
     plan = pyroute.plan_routes(np.array([[0], [0], [0], [2], [3], [3], [4], [4], [4], [4]]), 6, backend="numpy")
     problem = Problem(sizes=(10, 1, 6, 4, 2))
     _, saved = problem.forward("numpy", return_saved=True)
-    monkeypatch.setattr(pyroute.moe, "PART_BYTES", 3 * 4 * 4)  # three rows
-    parts = list(pyroute.moe._parts(saved.layer, plan))
+
+    parts = list(_moe_parts.parts(saved.layer, plan, 3 * 4 * 4))  # three rows
     assert [(part.experts.start, part.experts.stop) for part in parts] == [(0, 2), (2, 4), (4, 5), (5, 6)]
     assert [(part.rows.start, part.rows.stop) for part in parts] == [(0, 3), (3, 6), (6, 10), (10, 10)]
 

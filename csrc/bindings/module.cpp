@@ -15,6 +15,7 @@ void bind_permutation(py::module_ &module);
 void bind_quantization(py::module_ &module);
 void bind_grouped_gemm(py::module_ &module);
 void bind_moe(py::module_ &module);
+void bind_moe_layer(py::module_ &module);
 void bind_limits(py::module_ &module);
 void bind_memory(py::module_ &module);
 } // namespace pyroute
@@ -50,6 +51,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     pyroute::bind_quantization(module);
     pyroute::bind_grouped_gemm(module);
     pyroute::bind_moe(module);
+    pyroute::bind_moe_layer(module);
     pyroute::bind_limits(module);
     pyroute::bind_memory(module);
 }

@@ -132,7 +132,8 @@ void moe_bias_grad(const py::array &rows, const py::array &expert_offsets, const
         using Row = decltype(row);
         const BiasGradArgs<Row> args{input<Row>(rows, "rows", {num_rows, columns}),
                                      optional_input<float>(row_weights, "row_weights", {num_rows}),
-                                     output<float>(grad_bias, "grad_bias", {experts.num_experts, columns}), columns};
+                                     output<float>(grad_bias, "grad_bias", {experts.num_experts, columns}), columns,
+                                     false};
         py::gil_scoped_release release;
         cpu::bias_grad(experts, args);
     });

@@ -46,14 +46,14 @@ class _Point(NamedTuple):
     up_clipped: Array | None = None
 
 
-def _canonical_nan(xp: Any, v: Array) -> Array:
+def canonical_nan(xp: Any, v: Array) -> Array:
     return xp.where(v != v, xp.float32("nan"), v)
 
 
 def _to_rows(xp: Any, v: Array, experts: ExpertRows, dtype: Any) -> Array:
     """``v`` rounded once to the rows' type, padding rows zero."""
     real = (experts.row_to_token >= 0)[:, None]
-    return xp.where(real, _canonical_nan(xp, v), xp.float32(0)).astype(dtype)
+    return xp.where(real, canonical_nan(xp, v), xp.float32(0)).astype(dtype)
 
 
 def _of_rows(xp: Any, bias: Array, experts: ExpertRows) -> Array:
@@ -145,7 +145,7 @@ def activate_backward(
             grad_up = xp.where(p.up_clipped, xp.float32(0), grad_up)
         grad_z = xp.concatenate([grad_z, grad_up], axis=1)
     dots = xp.where(experts.row_to_token >= 0, _sum_lanes(xp, grad * p.hidden), xp.float32(0))
-    return hidden, _to_rows(xp, grad_z, experts, gate_up.dtype), _canonical_nan(xp, dots)
+    return hidden, _to_rows(xp, grad_z, experts, gate_up.dtype), canonical_nan(xp, dots)
 
 
 def _sum_lanes(xp: Any, products: Array) -> Array:
@@ -170,7 +170,7 @@ def add_bias(xp: Any, rows: Array, bias: Array, experts: ExpertRows, row_weights
 def add_bias_dots(xp: Any, rows: Array, bias: Array, experts: ExpertRows, dots: Array) -> Array:
     """dots[r] + <rows[r], bias of the row's expert>, [R] float32."""
     products = rows.astype(xp.float32) * _of_rows(xp, bias, experts)
-    return _canonical_nan(xp, xp.where(experts.row_to_token >= 0, dots + _sum_lanes(xp, products), dots))
+    return canonical_nan(xp, xp.where(experts.row_to_token >= 0, dots + _sum_lanes(xp, products), dots))
 
 
 def bias_grad(xp: Any, rows: Array, experts: ExpertRows, row_weights: Array | None) -> Array:
@@ -184,4 +184,4 @@ def bias_grad(xp: Any, rows: Array, experts: ExpertRows, row_weights: Array | No
         if row_weights is not None:
             terms = terms * row_weights[at].astype(xp.float64)[:, None]
         sums[active] = sums[active] + terms
-    return _canonical_nan(xp, sums.astype(xp.float32))
+    return canonical_nan(xp, sums.astype(xp.float32))

@@ -138,12 +138,27 @@ template <class Row> void biases(Random &random, const Problem<Row> &p) {
             }
     }
     const Outputs grad = same_everywhere(random, [&](Outputs &out) {
-        cpu::bias_grad(p.experts(), BiasGradArgs<Row>{p.rows.get(), p.row_weights(),
-                                                      out.poisoned<float>(p.segments.num_experts * columns), columns});
+        cpu::bias_grad(p.experts(),
+                       BiasGradArgs<Row>{p.rows.get(), p.row_weights(),
+                                         out.poisoned<float>(p.segments.num_experts * columns), columns, false});
     });
     for (int64_t e = 0; e < p.segments.num_experts; ++e)
         if (p.segments.begin(e) == p.segments.end(e))
             CHECK(all_bytes(grad.get<float>(0) + e * columns, 4 * columns, 0));
+    Outputs added(0x11, 0);
+    float *sums = added.copy_of(p.bias_f32);
+    cpu::bias_grad(p.experts(), BiasGradArgs<Row>{p.rows.get(), p.row_weights(), sums, columns, true});
+    for (int64_t e = 0; e < p.segments.num_experts; ++e)
+        for (int64_t i = e * columns; i < (e + 1) * columns; ++i) {
+            float sum = p.bias_f32[i];
+            if (p.segments.begin(e) < p.segments.end(e)) {
+                sum += grad.get<float>(0)[i];
+                const uint32_t quiet = 0x7fc00000;
+                if (sum != sum)
+                    std::memcpy(&sum, &quiet, 4);
+            }
+            CHECK(same_bytes(sums + i, &sum, 4));
+        }
 }
 
 template <class Row> void one_case(Random &random) {

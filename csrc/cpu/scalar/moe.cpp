@@ -251,6 +251,8 @@ void bias_grad(const ExpertRows &experts, const BiasGradArgs<Row> &args, int64_t
         const int64_t expert = block / blocks, column = block % blocks * bias_block;
         const int64_t rest = args.columns - column;
         const int64_t count = rest < bias_block ? rest : bias_block;
+        if (args.accumulate && experts.expert_offsets[expert] == experts.expert_offsets[expert + 1])
+            continue;
         double sums[bias_block] = {};
         for (int64_t row = experts.expert_offsets[expert]; row < experts.expert_offsets[expert + 1]; ++row) {
             const Row *from = args.rows + row * args.columns + column;
@@ -265,7 +267,8 @@ void bias_grad(const ExpertRows &experts, const BiasGradArgs<Row> &args, int64_t
             f32x8 rounded;
             for (int lane = 0; lane < 8; ++lane)
                 rounded[lane] = static_cast<float>(sums[i + lane]);
-            store_row(args.grad_bias + expert * args.columns + column + i, rounded, lanes);
+            float *to = args.grad_bias + expert * args.columns + column + i;
+            store_row(to, args.accumulate ? load_row(to, lanes) + rounded : rounded, lanes);
         });
     }
 }
