@@ -1,16 +1,16 @@
 // Gating, forward, one token at a time.
 //
 //   scores    a vector program per expert; only of the chosen experts where nothing else needs them
-//   choice    integer keys in the order of the values; a sorted list of the k best so far. A group is ranked by its
-//   one,
-//             two or n largest; experts of the groups that are not kept are not looked at again
+//   choice    of values without NaN: groups by their best two (gating_groups.h), then the k best by a threshold
+//             (gating_select.h). With NaN, long lists and groups ranked by more: integer keys in the order of the
+//             values, inserted one by one (gating_choice.h). Both give the same ids
 //   weights   k values, in slot order
 //
 // Reads E logits and writes 8 k bytes a token; a row of scratch (E values, at most four times) stays in the L1 cache.
 #include "cpu/gating.h"
 
 #include "cpu/scalar/gating_choice.h"
-#include "cpu/scalar/gating_rows.h"
+#include "cpu/scalar/gating_groups.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
@@ -18,15 +18,16 @@ namespace {
 
 template <class Scalar> struct ForwardRows {
     using Key = typename Lane<Scalar>::Int;
-    Scalar *logits, *scores, *bias, *chosen, *weights;
+    Scalar *logits, *scores, *bias, *ranked, *chosen, *weights, *candidates;
     Key *keys, *score_keys, *group_keys; // what ranks experts, experts inside groups without a bias, groups
     Key *heap_keys;
     int32_t *group_ids, *kept; // kept[g]: may the token take experts of group g
+    bool bias_is_finite = true;
 
     explicit ForwardRows(void *workspace, int64_t num_experts) {
         Scratch scratch{static_cast<char *>(workspace)};
         const int64_t row = padded(num_experts);
-        Scalar **const values[] = {&logits, &scores, &bias, &chosen, &weights};
+        Scalar **const values[] = {&logits, &scores, &bias, &ranked, &chosen, &weights};
         Key **const ordered[] = {&keys, &score_keys, &group_keys, &heap_keys};
         for (Scalar **array : values)
             *array = take<Scalar>(scratch, row);
@@ -34,6 +35,14 @@ template <class Scalar> struct ForwardRows {
             *array = take<Key>(scratch, row);
         group_ids = take<int32_t>(scratch, row);
         kept = take<int32_t>(scratch, row);
+        candidates = take<Scalar>(scratch, row + row_block);
+        memset(chosen, 0, static_cast<size_t>(row) * sizeof(Scalar));
+    }
+
+    void load_bias(const void *from, int64_t num_experts) {
+        copy_row(from, 0, num_experts, bias);
+        for (int64_t i = 0; i < num_experts; ++i)
+            bias_is_finite = bias_is_finite && bias[i] - bias[i] == 0;
     }
 };
 
@@ -80,16 +89,17 @@ PYROUTE_INLINE void keep_groups(const Router &router, const typename Lane<Scalar
         rows.kept[rows.group_ids[i]] = 1;
 }
 
-// Ids, best first. The scores are there if there is a bias or if there are groups.
+// Ids, best first, whatever the values. The scores are there if there is a bias or if there are groups.
 template <class Scalar>
-PYROUTE_INLINE void choose_experts(const Router &router, bool biased, const ForwardRows<Scalar> &rows, int32_t *ids) {
+__attribute__((noinline)) void choose_any(const Router &router, bool biased, const Scalar *z,
+                                          const ForwardRows<Scalar> &rows, int32_t *ids) {
     using V = Wide<Scalar>;
     const int64_t num_experts = router.num_experts, num_groups = router.num_groups;
     if (biased)
         keys_of_row<Scalar>(rows.keys, num_experts,
                             [&](int64_t i) { return load<V>(rows.scores + i) + load<V>(rows.bias + i); });
     else
-        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t i) { return load<V>(rows.logits + i); });
+        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t i) { return load<V>(z + i); });
     if (num_groups > 1) {
         if (!biased)
             keys_of_row<Scalar>(rows.score_keys, num_experts, [&](int64_t i) { return load<V>(rows.scores + i); });
@@ -99,80 +109,142 @@ PYROUTE_INLINE void choose_experts(const Router &router, bool biased, const Forw
     best_positions<typename Lane<V>::Int>(rows.keys, candidates, router.top_k, ids, rows.heap_keys);
 }
 
+// The same for values without NaN; false if it takes choose_any.
+template <class Scalar>
+PYROUTE_INLINE bool choose_ordered(const Router &router, bool biased, const Scalar *z, const ForwardRows<Scalar> &rows,
+                                   int32_t *ids) {
+    const int64_t top_k = router.top_k;
+    const Scalar *values = biased ? rows.ranked : z;
+    if (top_k > select_most)
+        return false;
+    if (router.num_groups == 1)
+        return select_best(values, router.num_experts, top_k, ids);
+    if (router.num_groups > groups_most || router.group_topn > 2 || router.num_experts > 65536)
+        return false;
+    const uint64_t kept = kept_groups(router, biased ? rows.ranked : rows.scores);
+    const int64_t size = router.num_experts / router.num_groups;
+    int32_t base[groups_most];
+    if (!kept || !select_best(rows.candidates, gather_groups(values, size, kept, rows.candidates, base), top_k, ids))
+        return false;
+    const uint64_t inverse = ((uint64_t(1) << 32) + static_cast<uint64_t>(size) - 1) / static_cast<uint64_t>(size);
+    for (int64_t j = 0; j < top_k; ++j) // position / size is exact for positions and sizes up to 2^16
+        ids[j] += base[(static_cast<uint64_t>(ids[j]) * inverse) >> 32];
+    return true;
+}
+
 // --- weights ------------------------------------------------------------------------------------------------------
 
-// From scores at the slots, or logits at the slots for the post stage, to the weights in place.
+template <class Scalar> PYROUTE_INLINE Scalar weight_divisor(const Router &router, Scalar sum) {
+    const auto eps = static_cast<Scalar>(router.renormalize_eps);
+    return router.renormalize == Renormalize::sum ? sum + eps : (sum < eps ? eps : sum);
+}
+
+// From scores at the slots, or logits at the slots for the post stage, to the weights. An id of -1 is not routed.
 template <class Scalar>
 PYROUTE_INLINE void finish_weights(const Router &router, const int32_t *ids, Scalar *values, Scalar *weights) {
+    using V = Wide<Scalar>;
     const int64_t top_k = router.top_k;
     Scalar divisor = 1;
     if (router.renormalize != Renormalize::none) {
-        const auto eps = static_cast<Scalar>(router.renormalize_eps);
         Scalar sum = 0;
         for (int64_t j = 0; j < top_k; ++j)
             sum += ids[j] >= 0 ? values[j] : Scalar(0);
-        divisor = router.renormalize == Renormalize::sum ? sum + eps : (sum < eps ? eps : sum);
+        divisor = weight_divisor(router, sum);
     }
     const auto scale = static_cast<Scalar>(router.scaling_factor);
+    for (int64_t j = 0; j < top_k; j += Lane<V>::width)
+        store(values + j, canonical(load<V>(values + j) / divisor * scale));
     for (int64_t j = 0; j < top_k; ++j)
-        weights[j] = ids[j] >= 0 ? canonical(values[j] / divisor * scale) : Scalar(0);
+        weights[j] = ids[j] >= 0 ? values[j] : Scalar(0);
+}
+
+// The scores that choosing needs, and in rows.ranked score + bias; returns whether none of them is NaN. `divisor` is
+// what rows.scores has still to be divided by.
+template <class Scalar>
+PYROUTE_INLINE bool score_token(const Router &router, bool biased, bool all_scores, const Scalar *z,
+                                const ForwardRows<Scalar> &rows, Scalar &divisor) {
+    using V = Wide<Scalar>;
+    const int64_t num_experts = router.num_experts;
+    const auto keep = [&](int64_t i, auto, const V &score) {
+        store(rows.scores + i, score);
+        if (biased)
+            store(rows.ranked + i, score + load<V>(rows.bias + i));
+    };
+    bool ordered;
+    if (router.score == Score::softmax && (all_scores || !router.post)) {
+        const RowRange<Scalar> range = range_of_row(z, num_experts);
+        divisor = exp_row(z, range, rows.scores, num_experts);
+        ordered = all_scores ? divisor == divisor : range.largest == range.largest;
+        if (!all_scores)
+            return ordered;
+        for (int64_t i = 0; i < num_experts; i += Lane<V>::width)
+            keep(i, 0, load<V>(rows.scores + i) / divisor);
+        divisor = 1;
+    } else if (!all_scores) {
+        return !has_nan(z, num_experts);
+    } else if (router.score == Score::sigmoid) {
+        ordered = !map_row<Sigmoid>(z, num_experts, [&](int64_t i, auto v, const auto &r) { keep(i, v, r.score); });
+    } else {
+        ordered =
+            !map_row<Sqrtsoftplus>(z, num_experts, [&](int64_t i, auto v, const auto &r) { keep(i, v, r.score); });
+    }
+    if (biased)
+        fill_row(rows.ranked, num_experts, -WideOf<Scalar>::infinity);
+    return ordered && rows.bias_is_finite;
 }
 
 template <class Scalar>
 PYROUTE_INLINE void gate_token(const GatingArgs &args, const ForwardRows<Scalar> &rows, int64_t token) {
     const Router &router = args.router;
-    const int64_t num_experts = router.num_experts, top_k = router.top_k, row = padded(num_experts);
+    const int64_t num_experts = router.num_experts, top_k = router.top_k;
+    const Scalar *z = row_of(args.logits, token, rows.logits);
     int32_t *ids = args.topk_idx + token * top_k;
     Scalar *weights = static_cast<Scalar *>(args.topk_weights) + token * top_k;
-    if (args.token_mask && !args.token_mask[token]) {
-        for (int64_t j = 0; j < top_k; ++j) {
-            ids[j] = -1;
-            weights[j] = 0;
-        }
-        return;
-    }
-    load_row(args.logits, token, rows.logits);
-    const bool all_scores = !args.given_idx && (args.bias || router.num_groups > 1);
-    Scalar divisor = 1; // of what rows.scores holds
-    if (router.score == Score::softmax && (all_scores || !router.post)) {
-        const Scalar largest = largest_of_row(rows.logits, row);
-        divisor = exp_row(rows.logits, largest, rows.scores, row);
-        if (all_scores) {
-            divide_row(rows.scores, divisor, row);
-            divisor = 1;
-        }
-    } else if (all_scores) {
-        score_row<Scalar>(router.score, rows.logits, rows.scores, nullptr, row);
-    }
-
-    if (!args.given_idx)
-        choose_experts(router, args.bias != nullptr, rows, ids);
-    else
+    const bool biased = args.bias && !args.given_idx, all_scores = !args.given_idx && (biased || router.num_groups > 1);
+    Scalar divisor = 1;
+    if (!args.given_idx) {
+        if (!score_token(router, biased, all_scores, z, rows, divisor) || !choose_ordered(router, biased, z, rows, ids))
+            choose_any(router, biased, z, rows, ids);
+    } else {
+        if (router.score == Score::softmax && !router.post)
+            divisor = exp_row(z, range_of_row(z, num_experts), rows.scores, num_experts);
         for (int64_t j = 0; j < top_k; ++j) {
             const int32_t id = args.given_idx[token * top_k + j];
             ids[j] = is_expert(id, num_experts) ? id : -1;
         }
+    }
 
     const bool by_slot = router.post || (router.score != Score::softmax && !all_scores);
-    const Scalar *values = by_slot ? rows.logits : rows.scores;
+    const Scalar *values = by_slot ? z : rows.scores;
     for (int64_t j = 0; j < top_k; ++j)
         rows.chosen[j] = ids[j] >= 0 ? values[ids[j]] : -WideOf<Scalar>::infinity;
+    const int64_t full =
+        (top_k + Lane<Wide<Scalar>>::width - 1) / Lane<Wide<Scalar>>::width * Lane<Wide<Scalar>>::width;
     if (router.post)
         softmax_of_slots(rows.chosen, rows.weights, top_k);
     else if (by_slot)
-        score_row<Scalar>(router.score, rows.chosen, rows.weights, nullptr, top_k);
+        score_row<Scalar>(router.score, rows.chosen, rows.weights, nullptr, full);
     else
-        for (int64_t j = 0; j < top_k; ++j)
-            rows.weights[j] = rows.chosen[j] / divisor;
+        for (int64_t j = 0; j < full; j += Lane<Wide<Scalar>>::width)
+            store(rows.weights + j, load<Wide<Scalar>>(rows.chosen + j) / divisor);
     finish_weights(router, ids, rows.weights, weights);
 }
 
 template <class Scalar> void gate_tokens(const GatingArgs &args, int64_t begin, int64_t end, void *workspace) {
-    const ForwardRows<Scalar> rows(workspace, args.router.num_experts);
+    ForwardRows<Scalar> rows(workspace, args.router.num_experts);
     if (args.bias)
-        copy_row(args.bias, 0, args.router.num_experts, rows.bias);
-    for (int64_t token = begin; token < end; ++token)
-        gate_token(args, rows, token);
+        rows.load_bias(args.bias, args.router.num_experts);
+    const int64_t top_k = args.router.top_k;
+    for (int64_t token = begin; token < end; ++token) {
+        if (!args.token_mask || args.token_mask[token]) {
+            gate_token(args, rows, token);
+            continue;
+        }
+        for (int64_t slot = token * top_k; slot < (token + 1) * top_k; ++slot) {
+            args.topk_idx[slot] = -1;
+            static_cast<Scalar *>(args.topk_weights)[slot] = 0;
+        }
+    }
 }
 
 void forward(const GatingArgs &args, int64_t begin, int64_t end, void *workspace) {
@@ -188,11 +260,11 @@ void forward(const GatingArgs &args, int64_t begin, int64_t end, void *workspace
 template <class Scalar> void score_keys(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *workspace) {
     using V = Wide<Scalar>;
     using Key = typename Lane<Scalar>::Int;
-    const int64_t num_experts = args.logits.num_experts, row = padded(num_experts);
+    const int64_t num_experts = args.logits.num_experts;
     const ForwardRows<Scalar> rows(workspace, num_experts);
     for (int64_t i = begin; i < end; ++i) {
-        load_row(args.logits, args.tokens[i], rows.logits);
-        const Scalar sum = exp_row(rows.logits, largest_of_row(rows.logits, row), rows.scores, row);
+        const Scalar *z = row_of(args.logits, args.tokens[i], rows.logits);
+        const Scalar sum = exp_row(z, range_of_row(z, num_experts), rows.scores, num_experts);
         keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t e) { return load<V>(rows.scores + e) / sum; });
         for (int64_t e = 0; e < num_experts; ++e)
             static_cast<Key *>(args.keys)[e * args.num_real + i] = rows.keys[e];

@@ -120,22 +120,23 @@ PYROUTE_INLINE bool load_slots(const GatingBackwardArgs &args, const BackwardRow
 
 // Probabilities of the row and what they were made of, on demand.
 template <class Scalar> struct RowSoftmax {
-    Scalar largest = 0, sum = 0;
-    bool has_largest = false, has_p = false;
+    RowRange<Scalar> range = {};
+    Scalar sum = 0;
+    bool has_range = false, has_p = false;
 };
 
 template <class Scalar>
-PYROUTE_INLINE void need_largest(RowSoftmax<Scalar> &softmax, const BackwardRows<Scalar> &rows, int64_t row) {
-    if (!softmax.has_largest)
-        softmax.largest = largest_of_row(rows.logits, row);
-    softmax.has_largest = true;
+PYROUTE_INLINE void need_range(RowSoftmax<Scalar> &softmax, const BackwardRows<Scalar> &rows, int64_t count) {
+    if (!softmax.has_range)
+        softmax.range = range_of_row(rows.logits, count);
+    softmax.has_range = true;
 }
 
 template <class Scalar>
 PYROUTE_INLINE void need_p(RowSoftmax<Scalar> &softmax, const BackwardRows<Scalar> &rows, int64_t row) {
-    need_largest(softmax, rows, row);
+    need_range(softmax, rows, row);
     if (!softmax.has_p) {
-        softmax.sum = exp_row(rows.logits, softmax.largest, rows.p, row);
+        softmax.sum = exp_row(rows.logits, softmax.range, rows.p, row);
         divide_row(rows.p, softmax.sum, row);
     }
     softmax.has_p = true;
@@ -148,8 +149,8 @@ PYROUTE_INLINE void weights_backward(const Router &router, const BackwardRows<Sc
         return slots_backward(router, rows);
     if (router.score == Score::softmax) {
         if (router.renormalize != Renormalize::none) {
-            need_largest(softmax, rows, row);
-            if (eps_vanishes(router, rows, softmax.largest))
+            need_range(softmax, rows, row);
+            if (eps_vanishes(router, rows, softmax.range.largest))
                 return slots_backward(router, rows);
         }
         need_p(softmax, rows, row);
@@ -236,7 +237,7 @@ void backward_tokens(const GatingBackwardArgs &args, int64_t begin, int64_t end,
         }
         if (args.z_scale != 0) {
             need_p(softmax, rows, row);
-            const Scalar share = z_scale * logsumexp(softmax.largest, softmax.sum);
+            const Scalar share = z_scale * logsumexp(softmax.range.largest, softmax.sum);
             for (int64_t i = 0; i < row; i += Lane<V>::width)
                 store(rows.grad + i, load<V>(rows.grad + i) + share * load<V>(rows.p + i));
         }
@@ -258,10 +259,10 @@ void loss_terms_of_tokens(const LossTermsArgs &args, int64_t begin, int64_t end,
             divisor =
                 sum_row<Scalar>(row, [&](int64_t i) { return load<V>(rows.p + i); }) + static_cast<Scalar>(balance_eps);
         } else {
-            const Scalar largest = largest_of_row(rows.logits, row);
-            divisor = exp_row(rows.logits, largest, rows.p, row);
+            const RowRange<Scalar> range = range_of_row(rows.logits, row);
+            divisor = exp_row(rows.logits, range, rows.p, row);
             if (!args.balance.fractions) {
-                const double value = static_cast<double>(logsumexp(largest, divisor));
+                const double value = static_cast<double>(logsumexp(range.largest, divisor));
                 args.terms[token] = canonical(value * value);
                 continue;
             }

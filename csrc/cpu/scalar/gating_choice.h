@@ -6,7 +6,7 @@
 // about 8 + 8 ln(256 / 8) = 36 enter a list of 8. Longer lists are a heap: insertion would cost k / 2 moves each.
 #pragma once
 
-#include "cpu/lanes.h"
+#include "cpu/scalar/gating_rows.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
@@ -44,28 +44,6 @@ template <> struct KeyLane<i64x4> {
     using Half = int64_t __attribute__((vector_size(16)));
     static constexpr int width = 4;
 };
-
-// One bit per lane of a comparison.
-PYROUTE_INLINE unsigned lane_bits(const i32x8 &mask) {
-#if defined(__AVX2__)
-    return static_cast<unsigned>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
-#else
-    unsigned bits = 0;
-    for (int i = 0; i < 8; ++i)
-        bits |= static_cast<unsigned>(mask[i] & 1) << i;
-    return bits;
-#endif
-}
-PYROUTE_INLINE unsigned lane_bits(const i64x4 &mask) {
-#if defined(__AVX2__)
-    return static_cast<unsigned>(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
-#else
-    unsigned bits = 0;
-    for (int i = 0; i < 4; ++i)
-        bits |= static_cast<unsigned>(mask[i] & 1) << i;
-    return bits;
-#endif
-}
 
 // v moved up by one lane, the last lane of `before` moving in.
 PYROUTE_INLINE i32x8 shifted(const i32x8 &before, const i32x8 &v) {

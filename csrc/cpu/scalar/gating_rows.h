@@ -86,6 +86,15 @@ PYROUTE_INLINE void load_row(const Logits &logits, int64_t token, double *row) {
     fill_row(row, logits.num_experts, -WideOf<double>::infinity);
 }
 
+// The token's logits: in place where they are whole vectors of what is computed in, else copied to `row`.
+template <class Scalar> PYROUTE_INLINE const Scalar *row_of(const Logits &logits, int64_t token, Scalar *row) {
+    constexpr FloatType own = sizeof(Scalar) == 4 ? FloatType::float32 : FloatType::float64;
+    if (logits.type == own && logits.num_experts % 8 == 0)
+        return static_cast<const Scalar *>(logits.data) + token * logits.num_experts;
+    load_row(logits, token, row);
+    return row;
+}
+
 // A caller's [E] as a row padded with +0.
 template <class Scalar> PYROUTE_INLINE void copy_row(const void *from, int64_t row_index, int64_t count, Scalar *row) {
     memcpy(row, static_cast<const Scalar *>(from) + row_index * count, static_cast<size_t>(count) * sizeof(Scalar));
@@ -93,6 +102,22 @@ template <class Scalar> PYROUTE_INLINE void copy_row(const void *from, int64_t r
 }
 
 // --- sums and maxima ----------------------------------------------------------------------------------------------
+
+// Calls whole(j, i) for every full vector of experts i, i + 1, ... and part(j, i) for the last one if it is not full;
+// j says which of the row_block / width vectors of its block it is.
+template <class Scalar, class Whole, class Part>
+PYROUTE_INLINE void for_vectors(int64_t count, Whole whole, Part part) {
+    constexpr int width = Lane<Wide<Scalar>>::width, vectors = static_cast<int>(row_block) / width;
+    int64_t i = 0;
+    for (; i + row_block <= count; i += row_block)
+        for (int j = 0; j < vectors; ++j)
+            whole(j, i + j * width);
+    for (int j = 0; j < vectors; ++j)
+        if (i + (j + 1) * width <= count)
+            whole(j, i + j * width);
+        else if (i + j * width < count)
+            part(j, i + j * width);
+}
 
 template <class Scalar> struct RowSum {
     using V = Wide<Scalar>;
@@ -110,38 +135,91 @@ template <class Scalar> PYROUTE_INLINE Scalar total(RowSum<Scalar> &sum) {
     return tree(sum.lanes[0]);
 }
 
-// term(i) is the vector of experts i, i + 1, ...; returns the sum over experts.
-template <class Scalar, class Term> PYROUTE_INLINE Scalar sum_row(int64_t count, Term term) {
-    constexpr int width = Lane<Wide<Scalar>>::width, vectors = RowSum<Scalar>::vectors;
+// whole(i) and part(i) are the vector of experts i, i + 1, ...; returns the sum over experts. Vectors past the last
+// expert would add +0.
+template <class Scalar, class Whole, class Part> PYROUTE_INLINE Scalar sum_row(int64_t count, Whole whole, Part part) {
     RowSum<Scalar> sum;
-    for (int64_t i = 0; i < count; i += row_block)
-        for (int j = 0; j < vectors; ++j)
-            sum.lanes[j] += term(i + j * width);
+    for_vectors<Scalar>(
+        count, [&](int j, int64_t i) { sum.lanes[j] += whole(i); }, [&](int j, int64_t i) { sum.lanes[j] += part(i); });
     return total(sum);
 }
+template <class Scalar, class Term> PYROUTE_INLINE Scalar sum_row(int64_t count, Term term) {
+    return sum_row<Scalar>(count, term, term);
+}
 
-// NaN if any is NaN.
-template <class Scalar> PYROUTE_INLINE Scalar largest_of_row(const Scalar *row, int64_t count) {
+// One bit per lane of a comparison.
+PYROUTE_INLINE unsigned lane_bits(const i32x8 &mask) {
+#if defined(__AVX2__)
+    return static_cast<unsigned>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < 8; ++i)
+        bits |= static_cast<unsigned>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+PYROUTE_INLINE unsigned lane_bits(const i64x4 &mask) {
+#if defined(__AVX2__)
+    return static_cast<unsigned>(_mm256_movemask_pd(bit_cast<__m256d>(mask)));
+#else
+    unsigned bits = 0;
+    for (int i = 0; i < 4; ++i)
+        bits |= static_cast<unsigned>(mask[i] & 1) << i;
+    return bits;
+#endif
+}
+
+template <class Mask> PYROUTE_INLINE bool any_lane(const Mask &mask) { return lane_bits(mask) != 0; }
+
+template <class V, class Pick> PYROUTE_INLINE typename Lane<V>::Scalar over_lanes(const V &v, Pick pick) {
+    auto result = v[0];
+    for (int lane = 1; lane < Lane<V>::width; ++lane)
+        result = pick(v[lane], result);
+    return result;
+}
+
+template <class Scalar> PYROUTE_INLINE bool has_nan(const Scalar *row, int64_t count) {
     using V = Wide<Scalar>;
-    constexpr int width = Lane<V>::width, vectors = RowSum<Scalar>::vectors;
-    V best[vectors];
-    typename Lane<V>::Int nan = {};
-    for (int j = 0; j < vectors; ++j)
-        best[j] = broadcast<V>(-WideOf<Scalar>::infinity);
-    for (int64_t i = 0; i < count; i += row_block)
-        for (int j = 0; j < vectors; ++j) {
-            const V v = load<V>(row + i + j * width);
-            best[j] = v > best[j] ? v : best[j];
-            nan |= v != v;
-        }
-    Scalar result = -WideOf<Scalar>::infinity;
-    bool has_nan = false;
-    for (int lane = 0; lane < width; ++lane) {
-        for (int j = 0; j < vectors; ++j)
-            result = best[j][lane] > result ? best[j][lane] : result;
-        has_nan = has_nan || nan[lane] != 0;
+    auto ordered = ~typename Lane<V>::Int{};
+    for (int64_t i = 0; i < count; i += Lane<V>::width) {
+        const V v = load<V>(row + i);
+        ordered &= v == v;
     }
-    return has_nan ? WideOf<Scalar>::nan : result;
+    return any_lane(~ordered);
+}
+
+// The largest logit, NaN if any is, and the smallest of those in full vectors.
+template <class Scalar> struct RowRange {
+    Scalar largest, smallest;
+};
+
+template <class Scalar> PYROUTE_INLINE RowRange<Scalar> range_of_row(const Scalar *row, int64_t count) {
+    using V = Wide<Scalar>;
+    constexpr int vectors = RowSum<Scalar>::vectors;
+    V largest[vectors], smallest[vectors];
+    typename Lane<V>::Int ordered[2] = {~typename Lane<V>::Int{}, ~typename Lane<V>::Int{}};
+    for (int j = 0; j < vectors; ++j) {
+        largest[j] = broadcast<V>(-WideOf<Scalar>::infinity);
+        smallest[j] = broadcast<V>(WideOf<Scalar>::infinity);
+    }
+    const auto part = [&](int j, int64_t i) {
+        const V v = load<V>(row + i);
+        largest[j] = larger(v, largest[j]);
+        ordered[j & 1] &= v == v;
+    };
+    const auto whole = [&](int j, int64_t i) {
+        part(j, i);
+        smallest[j] = smaller(load<V>(row + i), smallest[j]);
+    };
+    for_vectors<Scalar>(count, whole, part);
+    for (int j = 1; j < vectors; ++j) {
+        largest[0] = larger(largest[j], largest[0]);
+        smallest[0] = smaller(smallest[j], smallest[0]);
+    }
+    const auto max = [](Scalar a, Scalar b) { return a > b ? a : b; };
+    const auto min = [](Scalar a, Scalar b) { return a < b ? a : b; };
+    const bool has_nan = any_lane(~(ordered[0] & ordered[1]));
+    return {has_nan ? WideOf<Scalar>::nan : over_lanes(largest[0], max), over_lanes(smallest[0], min)};
 }
 
 // --- scores -------------------------------------------------------------------------------------------------------
@@ -156,32 +234,68 @@ template <class V> struct ScoreAndSlope {
     V score, slope;
 };
 
-template <class V> PYROUTE_INLINE ScoreAndSlope<V> sigmoid_lanes(V z) {
+// e is exp(-|z|)
+template <class V> PYROUTE_INLINE ScoreAndSlope<V> sigmoid_of_exp(const V &z, const V &e) {
     using S = typename Lane<V>::Scalar;
-    const V one = broadcast<V>(S(1)), e = exp_lanes(minus_magnitude(z));
+    const V one = broadcast<V>(S(1)), divisor = one + e;
     const auto is_positive = z >= S(0);
-    const V score = (is_positive ? one : e) / (one + e), rest = (is_positive ? e : one) / (one + e);
+    const V score = (is_positive ? one : e) / divisor, rest = (is_positive ? e : one) / divisor;
     return {score, score * rest};
 }
 
-template <class V> PYROUTE_INLINE ScoreAndSlope<V> sqrtsoftplus_lanes(V z) {
-    using S = typename Lane<V>::Scalar;
-    const V zero = {}, half = broadcast<V>(S(0.5));
-    const V positive = z > zero ? z : zero;
-    const V root = sqrt_lanes(positive + log1p_lanes(exp_lanes(minus_magnitude(z))));
-    const V small = exp_lanes(half * z);
-    const auto is_small = z < WideOf<S>::small_logit; // false for NaN
-    return {is_small ? small : root, is_small ? half * small : sigmoid_lanes(z).score / (root + root)};
+template <class V> PYROUTE_INLINE V root_of_exp(const V &z, const V &e) {
+    return sqrt_lanes(larger(z, V{}) + log1p_lanes(e));
 }
 
+// Programs from logits to scores and slopes. They run for any logits, or with fewer steps and the same bits for logits
+// that are `ordinary`; of NaN that is false.
+struct Sigmoid {
+    template <class V> PYROUTE_INLINE auto ordinary(const V &z) {
+        return minus_magnitude(z) >= Elementary<typename Lane<V>::Scalar>::exp_normal;
+    }
+    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run_ordinary(const V &z) {
+        return sigmoid_of_exp(z, exp_normal_lanes(minus_magnitude(z)));
+    }
+    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run(const V &z) {
+        return sigmoid_of_exp(z, exp_lanes(minus_magnitude(z)));
+    }
+};
+
+struct Sqrtsoftplus {
+    template <class V> PYROUTE_INLINE auto ordinary(const V &z) {
+        using S = typename Lane<V>::Scalar;
+        return (z >= WideOf<S>::small_logit) & (z <= -Elementary<S>::exp_normal);
+    }
+    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run_ordinary(const V &z) {
+        const V e = exp_normal_lanes(minus_magnitude(z)), root = root_of_exp(z, e);
+        return {root, sigmoid_of_exp(z, e).score / (root + root)};
+    }
+    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run(const V &z) {
+        using S = typename Lane<V>::Scalar;
+        const V half = broadcast<V>(S(0.5)), e = exp_lanes(minus_magnitude(z));
+        const V root = root_of_exp(z, e), small = exp_lanes(half * z);
+        const auto is_small = z < WideOf<S>::small_logit; // false for NaN
+        return {is_small ? small : root, is_small ? half * small : sigmoid_of_exp(z, e).score / (root + root)};
+    }
+};
+
 // e[i] = exp(z[i] - largest); returns their sum over experts.
-template <class Scalar> PYROUTE_INLINE Scalar exp_row(const Scalar *z, Scalar largest, Scalar *e, int64_t count) {
+template <class Scalar>
+PYROUTE_INLINE Scalar exp_row(const Scalar *z, const RowRange<Scalar> &range, Scalar *e, int64_t count) {
     using V = Wide<Scalar>;
-    return sum_row<Scalar>(count, [&](int64_t i) {
-        const V v = exp_lanes(load<V>(z + i) - largest);
+    const auto any = [&](int64_t i) {
+        const V v = exp_lanes(load<V>(z + i) - range.largest);
         store(e + i, v);
         return v;
-    });
+    };
+    const auto normal = [&](int64_t i) {
+        const V v = exp_normal_lanes(load<V>(z + i) - range.largest);
+        store(e + i, v);
+        return v;
+    };
+    if (range.smallest - range.largest >= Elementary<Scalar>::exp_normal) // not with NaN
+        return sum_row<Scalar>(count, normal, any);
+    return sum_row<Scalar>(count, any);
 }
 
 template <class Scalar> PYROUTE_INLINE void divide_row(Scalar *row, Scalar divisor, int64_t count) {
@@ -190,28 +304,46 @@ template <class Scalar> PYROUTE_INLINE void divide_row(Scalar *row, Scalar divis
         store(row + i, load<V>(row + i) / divisor);
 }
 
-template <class Scalar, class Program>
-PYROUTE_INLINE void map_row(const Scalar *z, Scalar *scores, Scalar *slopes, int64_t count, Program program) {
+// visit(i, z, result) for the vectors of a row, in order, from the program for ordinary logits where all in full
+// vectors are, once more from the other one where they are not; returns whether a logit is NaN.
+template <class Program, class Scalar, class Visit>
+PYROUTE_INLINE bool map_row(const Scalar *z, int64_t count, Visit visit) {
     using V = Wide<Scalar>;
-    if (slopes)
-        for (int64_t i = 0; i < count; i += Lane<V>::width) {
-            const ScoreAndSlope<V> result = program(load<V>(z + i));
-            store(scores + i, result.score);
-            store(slopes + i, result.slope);
-        }
-    else
-        for (int64_t i = 0; i < count; i += Lane<V>::width)
-            store(scores + i, program(load<V>(z + i)).score);
+    constexpr int width = Lane<V>::width;
+    auto ordinary = ~typename Lane<V>::Int{}, ordered = ordinary;
+    int64_t i = 0;
+    for (; i + width <= count; i += width) {
+        const V v = load<V>(z + i);
+        ordinary &= Program::ordinary(v);
+        visit(i, v, Program::run_ordinary(v));
+    }
+    if (any_lane(~ordinary))
+        i = 0;
+    for (; i < count; i += width) {
+        const V v = load<V>(z + i);
+        ordered &= v == v;
+        visit(i, v, Program::run(v));
+    }
+    return any_lane(~ordered);
 }
 
-// Scores of experts one by one, sigmoid or sqrtsoftplus; `count` values up to the next full vector. Slopes may be null.
+// Scores of experts one by one, sigmoid or sqrtsoftplus; up to the next full vector. Slopes may be null.
+template <class Program, class Scalar>
+PYROUTE_INLINE bool score_row_by(const Scalar *z, Scalar *scores, Scalar *slopes, int64_t count) {
+    using Result = ScoreAndSlope<Wide<Scalar>>;
+    if (!slopes)
+        return map_row<Program>(z, count, [&](int64_t i, auto, const Result &r) { store(scores + i, r.score); });
+    return map_row<Program>(z, count, [&](int64_t i, auto, const Result &r) {
+        store(scores + i, r.score);
+        store(slopes + i, r.slope);
+    });
+}
+
 template <class Scalar>
-PYROUTE_INLINE void score_row(Score score, const Scalar *z, Scalar *scores, Scalar *slopes, int64_t count) {
-    using V = Wide<Scalar>;
+PYROUTE_INLINE bool score_row(Score score, const Scalar *z, Scalar *scores, Scalar *slopes, int64_t count) {
     if (score == Score::sigmoid)
-        map_row(z, scores, slopes, count, [](const V &v) { return sigmoid_lanes(v); });
-    else
-        map_row(z, scores, slopes, count, [](const V &v) { return sqrtsoftplus_lanes(v); });
+        return score_row_by<Sigmoid>(z, scores, slopes, count);
+    return score_row_by<Sqrtsoftplus>(z, scores, slopes, count);
 }
 
 // p[j] = exp(z[j] - m) / sum over the routed slots j in order, m their largest; slots that are not routed hold -inf in

@@ -1,0 +1,213 @@
+// The k best of a row of values without NaN, best first; ties go to the lower position.
+//
+//   threshold   the row is dealt out to 16, 32 or 64 lanes (k up to 8, 16, 32). At least k values reach the k-th
+//               largest of the lanes' maxima, and of random values few more: 11 for k = 8, with 8 lanes 22
+//   shortlist   what reaches it, in order of position, found by one comparison a vector
+//   order       a value's rank is the number of those that beat it: no branch, no list kept sorted
+//
+// Longer shortlists come from ties; the caller then has gating_choice.h, which inserts keys one by one.
+#pragma once
+
+#include "cpu/scalar/gating_rows.h"
+
+namespace pyroute::cpu::PYROUTE_ISA {
+
+constexpr int64_t select_most = 32; // largest k
+constexpr int64_t shortlist_room = 64;
+
+// The lanes of `yes` where the mask is all ones.
+template <class V, class Mask> PYROUTE_INLINE V blend(const Mask &mask, const V &yes, const V &no) {
+#if defined(__AVX2__)
+    return bit_cast<V>(_mm256_blendv_epi8(bit_cast<__m256i>(no), bit_cast<__m256i>(yes), bit_cast<__m256i>(mask)));
+#else
+    return bit_cast<V>((bit_cast<Mask>(yes) & mask) | (bit_cast<Mask>(no) & ~mask));
+#endif
+}
+
+// a > b and a >= b as masks.
+template <class V> PYROUTE_INLINE typename Lane<V>::Int above(const V &a, const V &b) { return a > b; }
+template <class V> PYROUTE_INLINE typename Lane<V>::Int reaches(const V &a, const V &b) { return a >= b; }
+#if defined(__AVX2__)
+PYROUTE_INLINE i32x8 above(const f32x8 &a, const f32x8 &b) {
+    return bit_cast<i32x8>(_mm256_cmp_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), _CMP_GT_OQ));
+}
+PYROUTE_INLINE i32x8 reaches(const f32x8 &a, const f32x8 &b) {
+    return bit_cast<i32x8>(_mm256_cmp_ps(bit_cast<__m256>(a), bit_cast<__m256>(b), _CMP_GE_OQ));
+}
+#else
+PYROUTE_INLINE i32x8 above(const f32x8 &a, const f32x8 &b) { return less(b, a); }
+PYROUTE_INLINE i32x8 reaches(const f32x8 &a, const f32x8 &b) { return ~less(a, b); } // no NaN here
+#endif
+
+// --- threshold ----------------------------------------------------------------------------------------------------
+
+// The k-th largest of the maxima of `vectors` vectors' lanes; the row is padded with -inf to a full vector.
+template <int vectors, class Scalar> PYROUTE_INLINE Scalar threshold_of(const Scalar *row, int64_t count, int64_t k) {
+    using V = Wide<Scalar>;
+    using Int = typename Lane<V>::Int;
+    constexpr int width = Lane<V>::width;
+    V best[vectors];
+    for (int j = 0; j < vectors; ++j)
+        best[j] = broadcast<V>(-WideOf<Scalar>::infinity);
+    int64_t i = 0;
+    for (; i + vectors * width <= count; i += vectors * width)
+        for (int j = 0; j < vectors; ++j)
+            best[j] = larger(load<V>(row + i + j * width), best[j]);
+    for (int j = 0; j < vectors; ++j)
+        if (i + j * width < count)
+            best[j] = larger(load<V>(row + i + j * width), best[j]);
+    if (k == 1) {
+        for (int j = 1; j < vectors; ++j)
+            best[0] = larger(best[j], best[0]);
+        return over_lanes(best[0], [](Scalar a, Scalar b) { return a > b ? a : b; });
+    }
+    Scalar values[vectors * width];
+    Int ahead[vectors] = {}; // minus how many maxima are larger
+    for (int j = 0; j < vectors; ++j)
+        store(values + j * width, best[j]);
+    for (int other = 0; other < vectors * width; ++other)
+        for (int j = 0; j < vectors; ++j)
+            ahead[j] += above(broadcast<V>(values[other]), best[j]);
+    const V infinity = broadcast<V>(WideOf<Scalar>::infinity);
+    V least = infinity;
+    const Int most = Int{} - static_cast<typename Lane<Scalar>::Int>(k);
+    for (int j = 0; j < vectors; ++j)
+        least = smaller(blend((Int)(ahead[j] > most), best[j], infinity), least);
+    return over_lanes(least, [](Scalar a, Scalar b) { return a < b ? a : b; });
+}
+
+// --- shortlist ----------------------------------------------------------------------------------------------------
+
+template <class Scalar> struct Shortlist {
+    alignas(32) Scalar keys[shortlist_room];
+    alignas(32) int32_t ids[shortlist_room];
+    int64_t count = 0;
+};
+
+// Positions below `count` whose value reaches the threshold; false if they are too many.
+template <class Scalar>
+PYROUTE_INLINE bool list_above(const Scalar *row, int64_t count, Scalar threshold, Shortlist<Scalar> &list) {
+    using V = Wide<Scalar>;
+    constexpr int width = Lane<V>::width;
+    const V least = broadcast<V>(threshold);
+    for (int64_t begin = 0; begin < count; begin += 64) {
+        uint64_t bits = 0;
+        if (count - begin >= 64) {
+            for (int i = 0; i < 64; i += width)
+                bits |= static_cast<uint64_t>(lane_bits(reaches(load<V>(row + begin + i), least))) << i;
+        } else {
+            for (int i = 0; begin + i < count; i += width)
+                bits |= static_cast<uint64_t>(lane_bits(reaches(load<V>(row + begin + i), least))) << i;
+            bits &= (uint64_t(1) << (count - begin)) - 1;
+        }
+        for (; bits; bits &= bits - 1) {
+            if (list.count == shortlist_room)
+                return false;
+            const int64_t at = begin + __builtin_ctzll(bits);
+            list.keys[list.count] = row[at];
+            list.ids[list.count++] = static_cast<int32_t>(at);
+        }
+    }
+    return true;
+}
+
+// --- order --------------------------------------------------------------------------------------------------------
+
+template <class Scalar> PYROUTE_INLINE typename Lane<Wide<Scalar>>::Int lanes_after(int lane) {
+    typename Lane<Wide<Scalar>>::Int index;
+    for (int i = 0; i < Lane<Wide<Scalar>>::width; ++i)
+        index[i] = i;
+    return index > static_cast<typename Lane<Scalar>::Int>(lane);
+}
+
+// ids[j] = the position with rank j, j < k, among `vectors` vectors of keys, of which those past the k-th best may be
+// padding with -inf at the end.
+template <int vectors, class Scalar>
+PYROUTE_INLINE void order_vectors(const Scalar *keys, const int32_t *positions, int64_t k, int32_t *ids) {
+    using V = Wide<Scalar>;
+    using Int = typename Lane<V>::Int;
+    constexpr int width = Lane<V>::width;
+    V mine[vectors];
+    Int rank[vectors] = {};
+    for (int j = 0; j < vectors; ++j)
+        mine[j] = load<V>(keys + j * width);
+    for (int block = 0; block < vectors; ++block)
+        for (int lane = 0; lane < width; ++lane) {
+            const V other = broadcast<V>(keys[block * width + lane]);
+            for (int j = 0; j < vectors; ++j)
+                rank[j] -= j > block ? reaches(other, mine[j])
+                           : j < block
+                               ? above(other, mine[j])
+                               : blend(lanes_after<Scalar>(lane), reaches(other, mine[j]), above(other, mine[j]));
+        }
+    typename Lane<Scalar>::Int ranks[vectors * width];
+    int32_t order[vectors * width];
+    for (int j = 0; j < vectors; ++j)
+        store(ranks + j * width, rank[j]);
+    for (int i = 0; i < vectors * width; ++i)
+        order[ranks[i]] = positions[i];
+    for (int64_t j = 0; j < k; ++j)
+        ids[j] = order[j];
+}
+
+// The same for any number of keys up to shortlist_room.
+template <class Scalar> PYROUTE_INLINE void order_list(const Shortlist<Scalar> &list, int64_t k, int32_t *ids) {
+    using V = Wide<Scalar>;
+    using Int = typename Lane<V>::Int;
+    constexpr int width = Lane<V>::width;
+    for (int64_t begin = 0; begin < list.count; begin += width) {
+        const V mine = load<V>(list.keys + begin);
+        Int rank = {};
+        int64_t i = 0;
+        for (; i < begin; ++i)
+            rank -= reaches(broadcast<V>(list.keys[i]), mine);
+        for (int lane = 0; lane < width; ++lane, ++i) {
+            const V other = broadcast<V>(list.keys[i]);
+            rank -= blend(lanes_after<Scalar>(lane), reaches(other, mine), above(other, mine));
+        }
+        for (; i < list.count; ++i)
+            rank -= above(broadcast<V>(list.keys[i]), mine);
+        for (int lane = 0; lane < width; ++lane)
+            if (rank[lane] < k)
+                ids[rank[lane]] = list.ids[begin + lane];
+    }
+}
+
+// --- the k best ---------------------------------------------------------------------------------------------------
+
+template <int vectors, class Scalar>
+PYROUTE_INLINE bool select_from_lanes(const Scalar *row, int64_t count, int64_t k, int32_t *ids) {
+    constexpr int width = Lane<Wide<Scalar>>::width;
+    Shortlist<Scalar> list;
+    constexpr int first = 16;
+    for (int i = 0; i < first; ++i) {
+        list.keys[i] = -WideOf<Scalar>::infinity;
+        list.ids[i] = 0;
+    }
+    if (!list_above(row, count, threshold_of<vectors>(row, count, k), list))
+        return false;
+    if (k == 1) {
+        ids[0] = list.ids[0];
+    } else if (list.count <= first) {
+        order_vectors<first / width>(list.keys, list.ids, k, ids);
+    } else {
+        for (int64_t i = list.count; i % width; ++i)
+            list.keys[i] = -WideOf<Scalar>::infinity;
+        order_list(list, k, ids);
+    }
+    return true;
+}
+
+// Writes the positions of the k best of `count` values, k <= select_most and the row padded with -inf to a full
+// vector, or returns false.
+template <class Scalar>
+__attribute__((noinline)) bool select_best(const Scalar *row, int64_t count, int64_t k, int32_t *ids) {
+    constexpr int width = Lane<Wide<Scalar>>::width;
+    if (k <= 8)
+        return select_from_lanes<16 / width>(row, count, k, ids);
+    if (k <= 16)
+        return select_from_lanes<32 / width>(row, count, k, ids);
+    return select_from_lanes<64 / width>(row, count, k, ids);
+}
+
+} // namespace pyroute::cpu::PYROUTE_ISA
