@@ -1,16 +1,23 @@
 """PyTorch on the core: ops with gradients that compile, and the modules made of them. Importing it imports torch."""
 
+from .experts import GroupedExperts, MoELayer, SharedExpert
 from .gating import OPS_TO_SAVE, balance_loss, topk_gating, z_loss
 from .grouped_gemm import grouped_gemm
 from .moe import moe_forward
 from .permutation import RoutePlan, permute, permute_quantize, plan_routes, unpermute
 from .quantization import Fp8Tensor, dequantize_fp8, quantize_fp8
+from .router import Routing, TopKRouter, set_aux_loss_scale, update_biases_after
 from .router_logits import router_logits
 
 __all__ = [
     "OPS_TO_SAVE",
     "Fp8Tensor",
+    "GroupedExperts",
+    "MoELayer",
     "RoutePlan",
+    "Routing",
+    "SharedExpert",
+    "TopKRouter",
     "balance_loss",
     "dequantize_fp8",
     "grouped_gemm",
@@ -20,7 +27,9 @@ __all__ = [
     "plan_routes",
     "quantize_fp8",
     "router_logits",
+    "set_aux_loss_scale",
     "topk_gating",
     "unpermute",
+    "update_biases_after",
     "z_loss",
 ]

@@ -25,20 +25,22 @@ def define(
     backward: Callable[..., Any] | None = None,
     save: Callable[..., None] | None = None,
     autocast: Callable[..., tuple[Any, ...]] | None = None,
+    mutates: bool = False,
 ) -> Any:
     """The op ``pyroute::<schema>``.
 
     ``kernel`` is registered for every device, and says in one sentence that a tensor is not where it can be read.
     ``save(ctx, inputs, output)`` keeps what ``backward(ctx, *grads)`` reads; without a backward, differentiating is an
     error: a gradient that is silently zero or missing is worse. ``autocast(dtype, *args)`` gives the arguments to use
-    under autocast; without it the op takes its arguments as they come.
+    under autocast; without it the op takes its arguments as they come. An op that mutates has no gradient to define.
     """
     name = schema.partition("(")[0]
     qualified = f"pyroute::{name}"
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
-    torch.library.register_autograd(qualified, backward or _refusal(name), setup_context=save, lib=_LIBRARY)
+    if not mutates:
+        torch.library.register_autograd(qualified, backward or _refusal(name), setup_context=save, lib=_LIBRARY)
     op = getattr(torch.ops.pyroute, name).default
     if autocast is not None:
         _LIBRARY.impl(name, _autocast_kernel(op, autocast), "AutocastCPU", with_keyset=True)
