@@ -134,6 +134,8 @@ def as_array(
     Lists, scalars, masked and object arrays are a TypeError: they would be guesses. What has to be copied has been
     checked before: a broadcast view can be larger than any memory.
     """
+    if _check.is_plain(x, dtypes, axes):
+        return x
     array = x if type(x) is np.ndarray else _unwrap(function, argument, x)
     if dtypes:
         _check.dtype(function, argument, array, dtypes)

@@ -2,7 +2,8 @@
 
 Everything here runs before memory is touched. A wrong kind of thing is a TypeError, a wrong value of the right kind a
 ValueError. Arrays are checked by metadata alone, except ids, whose values are checked where a bad one could be read.
-An argument that is right costs 0.1 to 0.4 us; text is built only for one that is wrong.
+An argument that is plainly right is passed by the extension's ``is_plain`` in 0.2 us; text is built only for one that
+is wrong.
 """
 
 from __future__ import annotations
@@ -24,6 +25,20 @@ DTYPES = {name: np.dtype(name) for name in (*INTEGERS, "bool", "float16", "float
 }
 # dtype.name is built anew on each access, 1.8 us; a dtype of the other byte order is not in the table
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+try:
+    from . import _core
+
+    is_plain, are_offsets = _core.is_plain, _core.are_offsets
+    _core.name_dtypes(DTYPE_NAMES)
+except ImportError:  # pyroute._backend says why
+
+    def is_plain(x: Any, dtypes: tuple[str, ...], axes: tuple[Axis, ...] | None) -> bool:
+        return False
+
+    def are_offsets(x: Any, num_rows: int, num_experts: int | None) -> bool:
+        return False
+
 
 _FLOAT32_MAX = 3.4028234663852886e38
 _LONGEST = 120  # characters of what came, so that a sentence stays one
@@ -152,6 +167,8 @@ def expert_ids(function: str, argument: str, ids: Array, num_experts: int) -> No
 
 def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: int | None = None) -> Array:
     """Starts of the experts' segments, then the end of the last one, as int64: 0, not decreasing, within the rows."""
+    if are_offsets(offsets, num_rows, num_experts):
+        return offsets
     dtype(function, "expert_offsets", offsets, INTEGERS)
     shape(function, "expert_offsets", offsets, (("num_experts + 1", None if num_experts is None else num_experts + 1),))
     if offsets.shape[0] < 2:

@@ -18,6 +18,7 @@ void bind_moe(py::module_ &module);
 void bind_moe_layer(py::module_ &module);
 void bind_limits(py::module_ &module);
 void bind_memory(py::module_ &module);
+void bind_checks(py::module_ &module);
 } // namespace pyroute
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
@@ -54,4 +55,5 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     pyroute::bind_moe_layer(module);
     pyroute::bind_limits(module);
     pyroute::bind_memory(module);
+    pyroute::bind_checks(module);
 }
