@@ -111,6 +111,8 @@ def real(function: str, argument: str, value: Any, *, minimum: float | None = No
 
 
 def one_of(function: str, argument: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if type(value) is str and value in allowed:
+        return value
     if isinstance(value, (str, type(None), type(allowed[0]))):
         if value in allowed:
             return value

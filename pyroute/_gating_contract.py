@@ -16,7 +16,7 @@ SCOPES = ("batch", "sequence", "global")
 
 def weight_dtype(logits: Array) -> str:
     """float64 for float64 logits, float32 for all others."""
-    return "float64" if logits.dtype == np.float64 else "float32"
+    return "float64" if _check.DTYPE_NAMES[logits.dtype] == "float64" else "float32"
 
 
 def router(function: str, config: Any) -> RouterConfig:
@@ -26,7 +26,15 @@ def router(function: str, config: Any) -> RouterConfig:
 
 
 def core_router(config: RouterConfig) -> tuple[Any, ...]:
-    """The rule as the extension reads it."""
+    """The rule as the extension reads it; kept with the config, which is frozen."""
+    fields: tuple[Any, ...] | None = config.__dict__.get("_core_fields")
+    if fields is None:
+        fields = _core_fields(config)
+        config.__dict__["_core_fields"] = fields
+    return fields
+
+
+def _core_fields(config: RouterConfig) -> tuple[Any, ...]:
     return (
         config.num_experts, config.top_k, config.num_groups, config.topk_groups,
         config.group_topn if config.num_groups > 1 else 1, config.score, config.score_stage == "post",

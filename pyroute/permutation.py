@@ -8,7 +8,7 @@ import numpy as np
 
 from . import _backend, _check
 from ._array import permutation as _array
-from .quantization import Fp8Array, ScaleFormat, quantize_fp8
+from .quantization import Fp8Array, ScaleFormat, quantize_fp8, unchecked_fp8
 from .route_plan import RoutePlan
 
 Array = Any
@@ -91,12 +91,12 @@ def permute_quantize(
     _check.one_of("permute_quantize", "scale_format", scale_format, ("float32", "ue8m0"))
     match _backend.choose("permute_quantize", backend, x, plan.row_to_token):
         case "cpu":
-            codes = _backend.empty((plan.num_rows, x.shape[1]), np.uint8)
+            codes = _backend.empty((plan.num_rows, x.shape[1]), _backend.FLOAT8["e4m3"])
             scales = _backend.empty((plan.num_rows, -(-x.shape[1] // 128)), np.float32)
             _backend.core.permute_quantize(
                 x, plan.row_to_token, plan.token_to_row, 128, scale_format == "ue8m0", codes, scales
             )
-            return Fp8Array(codes, scales)
+            return unchecked_fp8(codes, scales, (1, 128), "e4m3", None)
         case chosen:
             # a row's codes do not depend on the other rows, so quantising before moving gives the same bytes
             return _permute_fp8(quantize_fp8(x, scale_format=scale_format, backend=chosen), plan, None, chosen)

@@ -15,11 +15,18 @@ Array = Any
 Fp8Format = Literal["e4m3", "e5m2"]
 ScaleFormat = Literal["float32", "ue8m0"]
 
+_FORMATS = tuple(_array.FORMATS)
 INPUT_TYPES = ("float32", "bfloat16", "float16", "float64")
 _EXACT_IN_FLOAT32 = ("bfloat16", "float8_e8m0fnu")  # scale types of checkpoints that widen without rounding
 
 
 def _block(function: str, block: Any) -> tuple[int, int]:
+    if (
+        type(block) is tuple
+        and [type(extent) for extent in block] == [int, int]
+        and 0 < min(block) <= max(block) < 2**31
+    ):
+        return block
     if not isinstance(block, (tuple, list)) or len(block) != 2:
         raise _check.type_error(function, "block", "a pair (rows, cols)", _check.describe(block))
     rows, cols = (_check.integer(function, "block", extent, 1, 2**31 - 1) for extent in block)
@@ -52,7 +59,7 @@ def _within(block: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int]:
 
 def _matrices(x: Array) -> Array:
     """A stack [..., rows, cols] as [num_matrices, rows, cols]."""
-    return x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
+    return x[None] if x.ndim == 2 else x.reshape(math.prod(x.shape[:-2]), *x.shape[-2:])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,7 +100,7 @@ class Fp8Array:
     expert_offsets: Array | None = None
 
     def __post_init__(self) -> None:
-        _check.one_of("Fp8Array", "format", self.format, tuple(_array.FORMATS))
+        _check.one_of("Fp8Array", "format", self.format, _FORMATS)
         object.__setattr__(self, "block", _block("Fp8Array", self.block))
         float8 = _backend.FLOAT8[self.format]
         codes = _backend.as_array("Fp8Array", "codes", self.codes, ("uint8", _check.DTYPE_NAMES[float8]))
@@ -160,6 +167,15 @@ class Fp8Array:
         return xp.swapaxes(memory[..., :rows], -1, -2)
 
 
+def unchecked_fp8(
+    codes: Array, scales: Array, block: tuple[int, int], format: Fp8Format, expert_offsets: Array | None
+) -> Fp8Array:
+    """An Fp8Array of arrays that were made here a moment ago: checking them costs as much as a row of codes."""
+    q = object.__new__(Fp8Array)
+    q.__dict__.update(codes=codes, scales=scales, block=block, format=format, expert_offsets=expert_offsets)
+    return q
+
+
 def quantize_fp8(
     x: Any,
     *,
@@ -206,7 +222,7 @@ def quantize_fp8(
     if x.ndim < 2:
         raise _check.value_error("quantize_fp8", "x", "of at least two axes [..., rows, cols]", list(x.shape))
     block = _block("quantize_fp8", block)
-    _check.one_of("quantize_fp8", "format", format, tuple(_array.FORMATS))
+    _check.one_of("quantize_fp8", "format", format, _FORMATS)
     _check.one_of("quantize_fp8", "scale_format", scale_format, ("float32", "ue8m0"))
     if expert_offsets is not None:
         if x.ndim != 2:
@@ -218,15 +234,16 @@ def quantize_fp8(
 
     match _backend.choose("quantize_fp8", backend, x, expert_offsets):
         case "cpu":
-            codes = _backend.empty(x.shape, np.uint8)
-            scales = _backend.empty(_scales_shape(x.shape, block, expert_offsets), np.float32)
+            codes = _backend.empty(x.shape, _backend.FLOAT8[format])
+            scales = _backend.empty(_scales_shape(x.shape, block, expert_offsets), _check.DTYPES["float32"])
             _backend.core.quantize_fp8(
                 _matrices(x), cut, format, power_of_two, expert_offsets, _matrices(codes), _matrices(scales)
             )
+            return unchecked_fp8(codes, scales, block, format, expert_offsets)
         case _:
             segments = _segments(expert_offsets, cut[0])
             codes, scales = _array.quantize(_backend.array_module(x), x, cut, format, power_of_two, segments)
-    return Fp8Array(codes, scales, block, format, expert_offsets)
+            return Fp8Array(codes, scales, block, format, expert_offsets)
 
 
 def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None = None) -> Array:

@@ -184,11 +184,13 @@ _MAPS: tuple[tuple[str, str, tuple[_check.Axis, ...]], ...] = (
     ("token_to_row", "int32", (("num_tokens", None), ("top_k", None))),
 )
 
+_FIELDS = RoutePlan.__match_args__
+
 
 def unchecked_plan(*fields: Any) -> RoutePlan:
     """A plan whose maps were made here a moment ago: reading them all again would cost more than making them."""
     plan = object.__new__(RoutePlan)
-    plan.__dict__.update(zip(RoutePlan.__match_args__, fields, strict=True))
+    plan.__dict__.update(zip(_FIELDS, fields, strict=True))
     return plan
 
 
