@@ -65,8 +65,8 @@ def grouped_gemm(
     """
     name = "grouped_gemm"
     given = (a, b, expert_offsets)
-    a = _operand(name, "a", a, ("R", "K"))
-    b = _operand(name, "b", b, ("E", "N", ("K", a.shape[1])))
+    a = _operand(name, "a", a, (("R", None), ("K", None)))
+    b = _operand(name, "b", b, (("E", None), ("N", None), ("K", a.shape[1])))
     offsets = _offsets(name, expert_offsets, a.shape[0], b.shape[0])
     chosen = _backend.choose(name, backend, *_memory(a), *_memory(b), out)
     _check_segments(name, "a", a, offsets)
@@ -109,8 +109,8 @@ def grouped_gemm_dgrad(
     """
     name = "grouped_gemm_dgrad"
     given = (grad_out, b, expert_offsets)
-    grad_out = _operand(name, "grad_out", grad_out, ("R", "N"))
-    b = _operand(name, "b", b, ("E", ("N", grad_out.shape[1]), "K"))
+    grad_out = _operand(name, "grad_out", grad_out, (("R", None), ("N", None)))
+    b = _operand(name, "b", b, (("E", None), ("N", grad_out.shape[1]), ("K", None)))
     offsets = _offsets(name, expert_offsets, grad_out.shape[0], b.shape[0])
     chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(b), out)
     _check_segments(name, "grad_out", grad_out, offsets)
@@ -161,8 +161,8 @@ def grouped_gemm_wgrad(
     """
     name = "grouped_gemm_wgrad"
     given = (grad_out, a, expert_offsets)
-    grad_out = _operand(name, "grad_out", grad_out, ("R", "N"))
-    a = _operand(name, "a", a, (("R", grad_out.shape[0]), "K"))
+    grad_out = _operand(name, "grad_out", grad_out, (("R", None), ("N", None)))
+    a = _operand(name, "a", a, (("R", grad_out.shape[0]), ("K", None)))
     offsets = _offsets(name, expert_offsets, a.shape[0], None)
     if accumulate_into is not None and out is not None:
         raise _check.value_error(name, "out", "None together with accumulate_into", _check.describe(out))
@@ -185,13 +185,12 @@ def grouped_gemm_wgrad(
     return out
 
 
-def _operand(function: str, argument: str, x: Any, axes: tuple[Any, ...]) -> Operand:
-    """An array or Fp8Array with these axes, each a name or a name and its extent."""
-    named = tuple(axis if isinstance(axis, tuple) else (axis, None) for axis in axes)
+def _operand(function: str, argument: str, x: Any, axes: tuple[_check.Axis, ...]) -> Operand:
+    """An array or Fp8Array with these axes."""
     if isinstance(x, Fp8Array):
-        _check.shape(function, argument, x, named)
+        _check.shape(function, argument, x, axes)
         return x
-    return _backend.as_array(function, argument, x, OPERAND_TYPES, named)
+    return _backend.as_array(function, argument, x, OPERAND_TYPES, axes)
 
 
 def _memory(x: Operand) -> tuple[Array, ...]:
@@ -231,13 +230,15 @@ def _output(
     axes: tuple[tuple[str, int], ...],
 ) -> Array:
     float32 = _check.DTYPES["float32"]
-    dtype = getattr(out, "dtype", None)
+    dtype = None if out is None else getattr(out, "dtype", None)
     if out_dtype is not None:
         dtype = _backend.float_dtype(function, "out_dtype", out_dtype, OPERAND_TYPES)
-    elif dtype not in (float32, _backend.BFLOAT16):
-        wide = any(x.dtype == float32 for x in (a, b) if not isinstance(x, Fp8Array))
+    elif dtype is None or dtype not in (float32, _backend.BFLOAT16):
+        wide = (not isinstance(a, Fp8Array) and a.dtype == float32) or (
+            not isinstance(b, Fp8Array) and b.dtype == float32
+        )
         dtype = float32 if wide else _backend.BFLOAT16
     if out is not None:
         _check.output(function, "out", out, dtype, axes, *given, *_memory(a), *_memory(b))
         return out
-    return _backend.empty_beside(_memory(a)[0], tuple(extent for _, extent in axes), dtype)
+    return _backend.empty_beside(_memory(a)[0], (axes[0][1], axes[1][1]), dtype)

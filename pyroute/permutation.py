@@ -232,10 +232,11 @@ def _moved(function: str, name: str, x: Any, axis: str, extent: int) -> Array:
 
 
 def _weights(function: str, topk_weights: Any, plan: RoutePlan, rows: Array) -> Array:
-    allowed = ("float32", "float64") if rows.dtype == np.float64 else ("float32",)
     axes = (("num_tokens", plan.num_tokens), ("top_k", plan.top_k))
-    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, allowed, axes)
-    return topk_weights.astype(allowed[-1], copy=False)  # float32 widens to float64 exactly
+    if _check.DTYPE_NAMES[rows.dtype] != "float64":
+        return _backend.as_array(function, "topk_weights", topk_weights, ("float32",), axes)
+    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, ("float32", "float64"), axes)
+    return topk_weights.astype("float64", copy=False)  # float32 widens to float64 exactly
 
 
 def _deliver(result: Array, out: Any) -> Array:

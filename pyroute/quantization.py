@@ -21,12 +21,10 @@ _EXACT_IN_FLOAT32 = ("bfloat16", "float8_e8m0fnu")  # scale types of checkpoints
 
 
 def _block(function: str, block: Any) -> tuple[int, int]:
-    if (
-        type(block) is tuple
-        and [type(extent) for extent in block] == [int, int]
-        and 0 < min(block) <= max(block) < 2**31
-    ):
-        return block
+    if type(block) is tuple and len(block) == 2:
+        rows, cols = block
+        if type(rows) is type(cols) is int and 0 < rows < 2**31 and 0 < cols < 2**31:
+            return block
     if not isinstance(block, (tuple, list)) or len(block) != 2:
         raise _check.type_error(function, "block", "a pair (rows, cols)", _check.describe(block))
     rows, cols = (_check.integer(function, "block", extent, 1, 2**31 - 1) for extent in block)
@@ -54,7 +52,10 @@ def _segments(expert_offsets: Array | None, block_rows: int) -> tuple[Array, Arr
 
 def _within(block: tuple[int, int], shape: tuple[int, ...]) -> tuple[int, int]:
     """The same blocks with extents that the shape bounds."""
-    return min(block[0], max(shape[-2], 1)), min(block[1], max(shape[-1], 1))
+    (block_rows, block_cols), (rows, cols) = block, shape[-2:]
+    if block_rows <= rows and block_cols <= cols:
+        return block
+    return min(block_rows, max(rows, 1)), min(block_cols, max(cols, 1))
 
 
 def _matrices(x: Array) -> Array:
@@ -172,7 +173,8 @@ def unchecked_fp8(
 ) -> Fp8Array:
     """An Fp8Array of arrays that were made here a moment ago: checking them costs as much as a row of codes."""
     q = object.__new__(Fp8Array)
-    q.__dict__.update(codes=codes, scales=scales, block=block, format=format, expert_offsets=expert_offsets)
+    fields = {"codes": codes, "scales": scales, "block": block, "format": format, "expert_offsets": expert_offsets}
+    object.__setattr__(q, "__dict__", fields)
     return q
 
 

@@ -184,13 +184,17 @@ _MAPS: tuple[tuple[str, str, tuple[_check.Axis, ...]], ...] = (
     ("token_to_row", "int32", (("num_tokens", None), ("top_k", None))),
 )
 
-_FIELDS = RoutePlan.__match_args__
 
-
-def unchecked_plan(*fields: Any) -> RoutePlan:
+def unchecked_plan(
+    tokens_per_expert: Array, expert_offsets: Array, row_to_token: Array, token_to_row: Array, alignment: int
+) -> RoutePlan:
     """A plan whose maps were made here a moment ago: reading them all again would cost more than making them."""
     plan = object.__new__(RoutePlan)
-    plan.__dict__.update(zip(_FIELDS, fields, strict=True))
+    fields = {
+        "tokens_per_expert": tokens_per_expert, "expert_offsets": expert_offsets, "row_to_token": row_to_token,
+        "token_to_row": token_to_row, "alignment": alignment,
+    }  # fmt: skip
+    object.__setattr__(plan, "__dict__", fields)
     return plan
 
 

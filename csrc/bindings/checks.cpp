@@ -105,11 +105,41 @@ PyObject *are_offsets(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return PyBool_FromLong(ok);
 }
 
+// is_output(out, dtype, axes, inputs): plain and writeable, of this very dtype and with these axes, and before or
+// behind every input in memory. Inputs that are not arrays do not count.
+PyObject *is_output(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count != 4 || !PyTuple_CheckExact(args[2]) || !PyTuple_CheckExact(args[3]))
+        Py_RETURN_FALSE;
+    Array *out = plain_array(args[0]);
+    if (!out || out->descr != args[1] || !(out->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) ||
+        !shape_is(out, args[2]))
+        Py_RETURN_FALSE;
+    const auto bytes_of = [](Array *array) {
+        int64_t bytes = py::reinterpret_borrow<py::dtype>(array->descr).itemsize();
+        for (int i = 0; i < array->nd; ++i)
+            bytes *= array->dimensions[i];
+        return bytes;
+    };
+    const int64_t out_bytes = bytes_of(out);
+    PyTypeObject *const array_type = py::detail::npy_api::get().PyArray_Type_;
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args[3]); ++i) {
+        PyObject *const input = PyTuple_GET_ITEM(args[3], i);
+        if (Array *array = plain_array(input)) {
+            if (array->data < out->data + out_bytes && out->data < array->data + bytes_of(array))
+                Py_RETURN_FALSE;
+        } else if (PyObject_TypeCheck(input, array_type)) {
+            Py_RETURN_FALSE;
+        }
+    }
+    Py_RETURN_TRUE;
+}
+
 template <class Function> PyCFunction method(Function *function) {
     return reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function));
 }
 PyMethodDef methods[] = {
     {"is_plain", method(is_plain), METH_FASTCALL, nullptr},
+    {"is_output", method(is_output), METH_FASTCALL, nullptr},
     {"are_offsets", method(are_offsets), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
