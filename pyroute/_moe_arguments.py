@@ -120,6 +120,12 @@ def _scale_format(function: str, quantize_activations: Any) -> ScaleFormat | Non
     return chosen
 
 
+def check_output(function: str, argument: str, out: Any, layer: Layer, inputs: tuple[Any, ...]) -> None:
+    """A caller's array for y, or for its mirror, the gradient of x."""
+    axes = (("num_tokens", layer.x.shape[0]), ("hidden", layer.x.shape[1]))
+    _check.output(function, argument, out, layer.x.dtype, axes, *inputs, *_memory(layer))
+
+
 def gradient_arrays(
     function: str, layer: Layer, out: Any, accumulate: Any, wanted: Any, inputs: tuple[Any, ...]
 ) -> MoeGradients:

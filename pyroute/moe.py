@@ -7,7 +7,7 @@ from typing import Any
 
 from . import _backend, _check, _moe_parts
 from ._activation import Activation, activation_program
-from ._moe_arguments import Layer, MoeGradients, WeightOn, check_layer, gradient_arrays
+from ._moe_arguments import Layer, MoeGradients, WeightOn, check_layer, check_output, gradient_arrays
 from .quantization import Fp8Array, ScaleFormat
 from .route_plan import RoutePlan, plan_routes
 
@@ -70,6 +70,7 @@ def moe_forward(
     quantize_activations: bool | ScaleFormat = False,
     alignment: int = 1,
     return_saved: bool = False,
+    out: Any = None,
     backend: str | None = None,
 ) -> Any:
     """Send every token through its chosen experts and add their results up by weight.
@@ -109,6 +110,8 @@ def moe_forward(
         Each expert's rows are padded to a multiple of this. Changes no result.
     return_saved : bool
         Return ``(y, saved)`` for :func:`moe_backward`.
+    out : array [num_tokens, hidden] of x's dtype, optional
+        C-contiguous; every element is written. Must not overlap an input.
     backend : str, optional
 
     Returns
@@ -127,6 +130,7 @@ def moe_forward(
     in use. Memory: a row of ``hidden`` elements per slot (with return_saved a ``gate_up`` row too); the rest works
     through the experts in runs of at most 16 MiB per buffer, unless one expert's rows alone are more.
     """
+    given = (x, topk_idx, topk_weights, w_gate_up, w_down, b_gate_up, b_down)
     layer = check_layer(
         "moe_forward", x, topk_idx, topk_weights, (w_gate_up, w_down), (b_gate_up, b_down), backend,
         activation_program("moe_forward", activation, limit, alpha), weight_on, quantize_activations,
@@ -134,6 +138,8 @@ def moe_forward(
     alignment = _check.integer("moe_forward", "alignment", alignment, 1, 2**31 - 1)
     _check.one_of("moe_forward", "return_saved", return_saved, (False, True))
 
+    if out is not None:
+        check_output("moe_forward", "out", out, layer, given)
     try:
         plan = plan_routes(layer.topk_idx, layer.w_down.shape[0], alignment=alignment, backend=layer.backend)
     except ValueError as error:  # an id out of range, or too many rows: the arguments have the same names here
@@ -141,7 +147,7 @@ def moe_forward(
     x, gate_up = layer.x, None
     if return_saved:
         gate_up = _backend.empty_beside(x, (plan.num_rows, layer.w_gate_up.shape[1]), x.dtype)
-    y = _backend.empty_beside(x, x.shape, x.dtype)
+    y = _backend.empty_beside(x, x.shape, x.dtype) if out is None else out
     match layer.backend:
         case "cpu":
             _backend.core.moe_forward(_native_layer(layer), *_native_plan(plan), gate_up, y)

@@ -99,6 +99,48 @@ def test_out_is_written_and_returned(floor, kind, weight_on):
     assert all(getattr(again, name) is getattr(expected, name) for name in NAMES)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_y_is_written_into_out(floor, kind):
+    problem = Problem(kind, bias=True)
+    y, saved = problem.forward(floor.backend, return_saved=True)
+    out = poison(y.shape, y.dtype)
+    assert problem.forward(floor.backend, out=out) is out
+    assert_same_bytes(out, y)
+    out, again = problem.forward(floor.backend, out=poison(y.shape, y.dtype), return_saved=True)
+    assert_same_bytes(out, y)
+    assert_same_bytes(again.gate_up, saved.gate_up)
+
+
+def wrong_y():
+    x = Problem("float32").x
+    yield x.tolist(), TypeError, "out must be an array, got list"
+    yield x.astype(np.float64), TypeError, "out must be float32, got float64"
+    yield x[:-1].copy(), ValueError, "out must be of shape [num_tokens=11, hidden=21], got [10, 21]"
+    yield np.asfortranarray(x), ValueError, "out must be C-contiguous, aligned and writeable"
+    for name in ("x", "w_down", "topk_weights"):
+        yield name, ValueError, "out must be memory that no input uses"
+
+
+@pytest.mark.parametrize(("out", "error", "message"), list(wrong_y()))
+def test_wrong_out(floor, out, error, message):
+    problem = Problem("float32")
+    if isinstance(out, str) and out == "x":
+        out = problem.x
+    elif isinstance(out, str) and out == "w_down":
+        out = problem.weights[1].reshape(-1)[: problem.x.size].reshape(problem.x.shape)
+    elif isinstance(out, str):
+        memory = np.zeros(problem.x.size, np.float32)
+        memory[: problem.topk_weights.size] = problem.topk_weights.reshape(-1)
+        problem.topk_weights = memory[: problem.topk_weights.size].reshape(problem.topk_weights.shape)
+        out = memory.reshape(problem.x.shape)
+    before = problem.x.copy(), problem.weights[1].copy()
+    with pytest.raises(error) as raised:
+        problem.forward(floor.backend, out=out)
+    assert f"moe_forward: {message}" in str(raised.value)
+    assert_same_bytes(problem.x, before[0])
+    assert_same_bytes(problem.weights[1], before[1])
+
+
 @pytest.mark.parametrize("weight_on", WEIGHT_ON)
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8"])
 def test_gradients_add_up(floor, kind, weight_on, rng):
