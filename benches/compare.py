@@ -16,6 +16,7 @@ import gc
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import bars
@@ -96,6 +97,24 @@ def run_case(case: bars.Case, everyone: list[peers.Peer], args: argparse.Namespa
     return outcome
 
 
+@contextlib.contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Standard output is for the report: what libraries print, in C++ too, goes to standard error."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed
+        yield
+        return
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def matches(name: str, wanted: str) -> bool:
     return not wanted or any(part in name for part in wanted.split(","))
 
@@ -121,10 +140,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv)
         chosen = [case for case in bars.cases() if not args.rows or case.row in args.rows]
-        everyone = list(peers.load(("ours",) if args.quick else peers.MODULES))
-        started = time.time()
-        facts = records.common_facts()
-        outcomes = run(args, everyone, chosen)
+        started, facts = time.time(), records.common_facts()
+        with quiet_stdout():
+            everyone = list(peers.load(("ours",) if args.quick else peers.MODULES))
+            outcomes = run(args, everyone, chosen)
         lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
         if args.json:
             write_json({**facts, "seconds": time.time() - started, "lines": lines}, args.json)

@@ -210,3 +210,110 @@ def prefill(op: str, s: shapes.Shape) -> Gemm:
     """As many rows for every expert as there are tokens."""
     name = f"{s.num_experts} x {s.tokens} x {s.hidden} x {s.intermediate}"
     return Gemm(op, name, np.full(s.num_experts, s.tokens), s.intermediate, s.hidden)
+
+
+class LayerWeights(Problem):
+    """A layer's FP8 weights and their values in wider types; shared by the layer's problems, with what peers derive."""
+
+    def __init__(self, num_experts: int, hidden: int, intermediate: int):
+        self.gate_up8 = shapes.weights(num_experts, 2 * intermediate, hidden, "fp8")
+        self.down8 = shapes.weights(num_experts, hidden, intermediate, "fp8")
+
+    def pair(self, kind: str) -> tuple[Any, Any]:
+        """gate_up and down as "fp8", "float32" or "bfloat16"."""
+        if kind == "fp8":
+            return self.gate_up8, self.down8
+        return self.memo(kind, lambda: (_wide(self.gate_up8, kind), _wide(self.down8, kind)))
+
+
+def _wide(w: pyroute.Fp8Array, kind: str) -> np.ndarray:
+    out = np.empty(w.shape, shapes.DTYPES[kind])
+    for e in range(len(out)):
+        out[e] = w[e].dequantize(kind)
+    return out
+
+
+@functools.lru_cache(maxsize=1)
+def layer_weights(num_experts: int, hidden: int, intermediate: int, wide: bool) -> LayerWeights:
+    """One at a time: with what peers derive a group of columns holds up to 8 GB."""
+    return LayerWeights(num_experts, hidden, intermediate)
+
+
+class Layer(Problem):
+    """Routed experts of a layer, given ids and weights of every token: "layer" forward, "training" with gradients.
+
+    ``wide`` problems compare float32 columns, the others those with weights of 8 or 16 bits.
+    """
+
+    reads = True
+
+    def __init__(self, op: str, s: shapes.Shape, *, wide: bool):
+        self.op, self.shape, self.wide = op, s, wide
+        self.case = f"{'float32' if wide else '8 and 16 bits'} T={s.tokens}"
+        self.logits, self.gating = shapes.logits(s), shapes.gating(s)
+        self.x16 = shapes.states(s, "bfloat16")
+        self.x = self.x16.astype(np.float32)
+        self.flops = 6 * s.tokens * s.top_k * s.hidden * s.intermediate * (3 if op == "training" else 1)
+        used = int(np.count_nonzero(self.gating.tokens_per_expert))
+        self.nbytes = used * 3 * s.hidden * s.intermediate + 2 * self.x16.nbytes  # weights of one byte
+        self.grad_y = shapes.states(s._replace(tokens=s.tokens + 1))[1:]
+
+    @property
+    def weights(self) -> LayerWeights:
+        return layer_weights(self.shape.num_experts, self.shape.hidden, self.shape.intermediate, self.wide)
+
+    @functools.cached_property
+    def tokens(self) -> np.ndarray:
+        return np.unique(np.linspace(0, self.shape.tokens - 1, 6).astype(int))
+
+    @functools.cached_property
+    def exact(self) -> np.ndarray:
+        """Some tokens, in float64."""
+        rows, w = [], self.weights
+        for t in self.tokens:
+            x, y = self.x[t].astype(np.float64), 0.0
+            for expert, weight in zip(self.gating.topk_idx[t], self.gating.topk_weights[t], strict=True):
+                gate, up = np.split(w.gate_up8[int(expert)].dequantize().astype(np.float64) @ x, 2)
+                hidden = gate / (1 + np.exp(-gate)) * up
+                y = y + float(weight) * (w.down8[int(expert)].dequantize().astype(np.float64) @ hidden)
+            rows.append(y)
+        return np.stack(rows)
+
+    def error(self, result: Any) -> float:
+        """Of training also the gradients: the layer is linear in down, so <grad down, down> = <y, grad y>."""
+        if self.op == "layer":
+            return worst_row(result[self.tokens], self.exact)
+        y, grad_x, grad_gate_up, grad_down = result
+        error = worst_row(y[self.tokens], self.exact)
+        _, down = self.weights.pair("float32")
+        found = sum(np.vdot(g, w) for g, w in zip(grad_down, down, strict=True))
+        expected = np.vdot(y.astype(np.float64), self.grad_y)
+        size = np.linalg.norm(y) * np.linalg.norm(self.grad_y)
+        linear = abs(found - expected) / size
+        ours = self.memo("reference gradients", self._gradients)
+        others = [worst_row(a, b) for a, b in zip((grad_x[:4], grad_gate_up[0, :8]), ours, strict=True)]
+        return float(max(error, linear, *others))
+
+    def _gradients(self) -> tuple[np.ndarray, np.ndarray]:
+        """float64 gradients of the first tokens of x, and of some rows of the first expert's gate_up."""
+        w, g = self.weights, self.gating
+        grad_x, grad_rows = np.zeros((4, self.shape.hidden)), np.zeros((8, self.shape.hidden))
+        cache: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        for t in range(self.shape.tokens):
+            for expert, weight in zip(g.topk_idx[t], g.topk_weights[t], strict=True):
+                if t >= 4 and expert != 0:
+                    continue
+                e = int(expert)
+                if e not in cache:
+                    cache[e] = tuple(x[e].dequantize().astype(np.float64) for x in (w.gate_up8, w.down8))
+                gate_up, down = cache[e]
+                x = self.x[t].astype(np.float64)
+                gate, up = np.split(gate_up @ x, 2)
+                s = 1 / (1 + np.exp(-gate))
+                grad_hidden = float(weight) * (self.grad_y[t].astype(np.float64) @ down)
+                grad_z = np.concatenate([grad_hidden * up * s * (1 + gate * (1 - s)), grad_hidden * gate * s])
+                if t < 4:
+                    grad_x[t] += grad_z @ gate_up
+                if e == 0:
+                    grad_rows += np.outer(grad_z[:8], x)
+        return grad_x[: self.shape.tokens], grad_rows

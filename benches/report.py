@@ -96,12 +96,12 @@ def bar_line(bar: Any, value: float | None) -> dict[str, Any]:
 def show(outcomes: list[Any], everyone: list[Any], args: Any) -> None:
     for outcome in outcomes:
         title, header, rows, notes = table(outcome)
-        _print(title, header, rows, notes)
+        print_table(title, header, rows, notes)
     rows = [bar_row(outcome, bar, value) for outcome in outcomes for bar, value in outcome.bars]
     notes = [f"missing: {peer.name}: {peer.problem}" for peer in everyone if peer.problem]
     if args.interrupted:
         notes.append("interrupted: the rows above are what had been measured")
-    _print(
+    print_table(
         f"bars, {args.threads} thread{'s' * (args.threads > 1)}, pyroute {pyroute.__version__}",
         ("case", "bar", "target", "measured", "verdict"),
         rows,
@@ -150,7 +150,7 @@ def bar_row(outcome: Any, bar: Any, value: float | None) -> list[Cell]:
     return [*map(Cell, texts), verdict]
 
 
-def _print(
+def print_table(
     title: str, header: tuple[str, ...], rows: list[list[Cell]], notes: list[str], align: str = "<>>>>>>"
 ) -> None:
     """A table with a line a row however wide the terminal: a wrapped table cannot be read, a long line can be cut."""

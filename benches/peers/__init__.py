@@ -18,7 +18,19 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 # In the order of the tables. pyroute is measured through the same interface as everybody else.
-MODULES = ("ours", "torch_eager", "torch_compile", "torch_gemm", "numba_loops", "ggml_ops")
+MODULES = (
+    "ours",
+    "torch_eager",
+    "torch_compile",
+    "torch_gemm",
+    "numba_loops",
+    "ggml_ops",
+    "transformers_experts",
+    "vllm_cpu",
+    "zentorch_moe",
+    "onnxruntime_moe",
+    "kt_kernel_moe",
+)
 
 
 class Work(NamedTuple):

@@ -12,6 +12,7 @@ from peers import Work, column, package_version
 NAME = "ggml"
 TYPES = {"f32": ggml.GGML_TYPE_F32, "f16": ggml.GGML_TYPE_F16, "bf16": ggml.GGML_TYPE_BF16, "q8_0": ggml.GGML_TYPE_Q8_0}
 KINDS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "q8_0": "q8_0"}
+AS_NUMPY = {"f32": "float32", "bf16": "bfloat16"}  # the same memory
 _threads = 1
 
 
@@ -72,17 +73,14 @@ class Graph:
             raise RuntimeError("ggml_graph_compute failed")
 
 
-def converted(w: np.ndarray, kind: str) -> np.ndarray:
-    """float32 [E, N, K] in a type of ggml, as bytes."""
-    if kind == "f32":
-        return w
+def converted(w, kind: str) -> np.ndarray:
+    """FP8 weights [E, N, K] in a type of ggml, as bytes."""
     experts, outer, inner = w.shape
-    if kind == "f16":
-        return w.astype(np.float16)
     row = ggml.ggml_row_size(TYPES[kind], inner)
     out = np.empty((experts, outer * row), np.uint8)
     for e in range(experts):
-        source = np.ascontiguousarray(w[e]).ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        values = w[e].dequantize()
+        source = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
         ggml.ggml_quantize_chunk(TYPES[kind], source, ctypes.c_void_p(out[e].ctypes.data), 0, outer, inner, None)
     return out
 
@@ -91,7 +89,8 @@ def _mul_mat_id(p, kind):
     """A token's row goes to the experts of its slots, as in the layer's first projection."""
     if p.sizes[2] % 32 and kind == "q8_0":
         return None
-    g, w = Graph(), p.memo(("ggml", kind), lambda: p.w16 if kind == "bf16" else converted(p.w32, kind))
+    g, numpy = Graph(), {"f32": lambda: p.w32, "bf16": lambda: p.w16}
+    w = numpy[kind]() if kind in numpy else converted(p.w8, kind)
     weights = g.tensor(kind, p.sizes, w)
     outer = p.sizes[1]
     if p.plan is None:  # every row its own token
@@ -111,10 +110,45 @@ def _mul_mat_id(p, kind):
     return Work(g.run, read)
 
 
+def _layer(p, kind):
+    """llama.cpp's graph: gate_up, SwiGLU, down, the weighted sum over slots."""
+    if p.wide != (kind == "f32"):
+        return None
+    if kind in AS_NUMPY:
+        own = p.weights.pair(AS_NUMPY[kind])
+    else:
+        own = p.weights.memo(("ggml", kind), lambda: [converted(w, kind) for w in p.weights.pair("fp8")])
+    g, s = Graph(), p.shape
+    gate_up = g.tensor(kind, (s.num_experts, 2 * s.intermediate, s.hidden), own[0])
+    down = g.tensor(kind, (s.num_experts, s.hidden, s.intermediate), own[1])
+    ids = g.tensor("i32", p.gating.topk_idx.shape, np.ascontiguousarray(p.gating.topk_idx, np.int32))
+    weights = g.tensor("f32", (s.tokens, s.top_k, 1), p.gating.topk_weights)
+    h = ggml.ggml_mul_mat_id(g.context, gate_up, g.tensor("f32", (s.tokens, 1, s.hidden), p.x), ids)
+    g.result(h)
+    h = ggml.ggml_swiglu(g.context, h)
+    g.result(h)
+    y = ggml.ggml_mul_mat_id(g.context, down, h, ids)
+    g.result(y)
+    y = ggml.ggml_mul(g.context, y, weights)
+    rows = g.result(y)
+    strides, total = y.contents.nb, None
+    for j in range(s.top_k):
+        slot = ggml.ggml_view_2d(g.context, y, s.hidden, s.tokens, strides[2], j * strides[1])
+        slot.contents.data = rows.ctypes.data + j * strides[1]
+        total = slot if total is None else ggml.ggml_add(g.context, total, slot)
+        out = g.result(total) if j else rows
+    g.finish(total)
+    return Work(g.run, lambda _: out.reshape(s.tokens, s.hidden))
+
+
 def _register(kind: str) -> None:
     @column("gemm", f"ggml {kind}", kind=KINDS[kind])
     def gemm(p):
         return _mul_mat_id(p, kind)
+
+    @column("layer", f"ggml {kind}", kind=KINDS[kind])
+    def layer(p):
+        return _layer(p, kind)
 
 
 for _kind in TYPES:

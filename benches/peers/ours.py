@@ -140,3 +140,43 @@ def wgrad_float32(p, name):
 @ours("wgrad", "pyroute bfloat16", kind="bfloat16")
 def wgrad_bfloat16(p, name):
     return _wgrad(p, p.grad16, p.a16)
+
+
+def _layer(p, kind: str, x, **options):
+    gate_up, down = p.weights.pair(kind)
+    ids, weights = p.gating.topk_idx, p.gating.topk_weights
+    if takes_out(pyroute.moe_forward):
+        options["out"] = np.zeros_like(x)
+    return Work(lambda: pyroute.moe_forward(x, ids, weights, gate_up, down, **options))
+
+
+@ours("layer", "pyroute float32")
+def layer_float32(p, name):
+    return _layer(p, "float32", p.x) if p.wide else None
+
+
+@ours("layer", "pyroute FP8", kind="fp8")
+def layer_fp8(p, name):
+    return _layer(p, "fp8", p.x16)
+
+
+@ours("layer", "pyroute FP8 both", kind="fp8 both")
+def layer_fp8_both(p, name):
+    return None if p.wide else _layer(p, "fp8", p.x16, quantize_activations=True)
+
+
+@ours("layer", "pyroute bfloat16", kind="bfloat16")
+def layer_bfloat16(p, name):
+    return None if p.wide else _layer(p, "bfloat16", p.x16)
+
+
+@ours("training", "pyroute float32")
+def training(p, name):
+    gate_up, down = p.weights.pair("float32")
+    ids, weights = p.gating.topk_idx, p.gating.topk_weights
+
+    def run():
+        y, saved = pyroute.moe_forward(p.x, ids, weights, gate_up, down, return_saved=True)
+        return y, pyroute.moe_backward(p.grad_y, saved)
+
+    return Work(run, lambda result: (result[0], result[1].x, result[1].w_gate_up, result[1].w_down))
