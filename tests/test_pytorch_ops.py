@@ -209,6 +209,45 @@ def test_grouped_gemm_is_the_cores(dtype, fp8):
     assert_same_bytes(numpy(wide), pyroute.grouped_gemm(numpy(a), core, numpy(offsets), out_dtype="float32"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transposed_weights_are_multiplied_as_they_lie(dtype):
+    offsets = torch.tensor([0, 3, 3, 9])
+    a = torch.randn(11, H).to(DTYPES[dtype]).requires_grad_()
+    b = torch.randn(3, H, 20).to(DTYPES[dtype]).requires_grad_()
+    out = pt.grouped_gemm(a, b, offsets, transposed=True)
+    want = pyroute.grouped_gemm_dgrad(numpy(a), numpy(b), numpy(offsets))
+    assert_same_bytes(numpy(out), want)
+    upstream = torch.randn_like(out)
+    out.backward(upstream)
+    assert_same_bytes(numpy(a.grad), pyroute.grouped_gemm(numpy(upstream), numpy(b), numpy(offsets), out_dtype=dtype))
+    wgrad = pyroute.grouped_gemm_wgrad(numpy(a), numpy(upstream), numpy(offsets))
+    assert_same_bytes(numpy(b.grad), wgrad.astype(numpy(b).dtype))
+    with torch.no_grad():
+        assert torch.equal(pt.grouped_gemm(a, b, offsets, transposed=True), out)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert pt.grouped_gemm(a, b, offsets, transposed=True).dtype == torch.bfloat16
+    with pytest.raises(TypeError, match=r"^grouped_gemm: a must be .* with transposed=True, got an Fp8Tensor$"):
+        pt.grouped_gemm(pt.quantize_fp8(a.detach()), b, offsets, transposed=True)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_second_derivatives_of_the_gemm(transposed):
+    offsets, experts = torch.tensor([0, 3, 3, 9]), torch.tensor([0] * 3 + [2] * 6)
+    a, b = torch.randn(9, 6, requires_grad=True), torch.randn(3, 5, 6, requires_grad=True)
+    given = (a, b.transpose(1, 2).contiguous() if transposed else b)
+
+    def second(product):
+        grads = torch.autograd.grad(product(*given).pow(3).sum(), given, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in grads), (a, b))
+
+    rule = "rk,rkn->rn" if transposed else "rk,rnk->rn"
+    want = second(lambda a, b: torch.einsum(rule, a, b[experts]))
+    for mine, theirs in zip(
+        second(lambda a, b: pt.grouped_gemm(a, b, offsets, transposed=transposed)), want, strict=True
+    ):
+        assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_clamp", "swiglu_oai", "geglu", "relu2"])
 @pytest.mark.parametrize("weight_on", ["output", "pre_down", "input"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -294,6 +333,11 @@ def op_cases():
         "grouped_gemm fp8": (
             rows, None, (1, 1), codes, quantised.scales, quantised.block, plan.expert_offsets, torch.bfloat16,
         ),
+        "grouped_gemm_dgrad": (
+            rows[:, :20].detach().requires_grad_(), codes, quantised.scales, quantised.block, plan.expert_offsets,
+            torch.float32,
+        ),
+        "grouped_gemm_wgrad": (rows, rows[:, :20].detach().requires_grad_(), None, (1, 1), plan.expert_offsets),
         "moe_forward": (*plain, *options),
         "moe_forward_saved": (*layer, *options),
     }  # fmt: skip

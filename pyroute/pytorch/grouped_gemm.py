@@ -18,7 +18,9 @@ from .quantization import Fp8Tensor, fp8_array
 Operand = Any  # a Tensor or an Fp8Tensor
 
 
-def grouped_gemm(a: Operand, b: Operand, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def grouped_gemm(
+    a: Operand, b: Operand, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None, transposed: bool = False
+) -> Tensor:
     """:func:`pyroute.grouped_gemm`: ``out[r] = b[e] @ a[r]`` for every row r of expert e's segment.
 
     Parameters
@@ -28,20 +30,44 @@ def grouped_gemm(a: Operand, b: Operand, expert_offsets: Tensor, *, out_dtype: t
     expert_offsets : int32 or int64 [E + 1]
     out_dtype : float32 or bfloat16, optional
         By default float32 if ``a`` or ``b`` is float32, else bfloat16.
+    transposed : bool
+        ``b`` is [E, K, N], as gpt-oss and Llama 4 keep it, and ``out[r] = a[r] @ b[e]``; no copy of it is made.
 
     Returns
     -------
     [R, N]
-        Rows past the last offset are zero. Gradients reach the operands that are not FP8: those of ``b`` are summed in
-        float32 and rounded once to its type. Under autocast float32 operands are cast as in ``torch.nn.functional``.
+        Rows past the last offset are zero. Gradients of every order reach the operands that are not FP8: those of ``b``
+        are summed in float32 and rounded once to its type. Under autocast float32 operands are cast as in
+        ``torch.nn.functional``.
     """
     a, a_scales, a_block = _parts(a)
     b, b_scales, b_block = _parts(b)
+    if transposed:
+        return _times_transposed(a, a_scales, b, b_scales, b_block, expert_offsets, out_dtype)
     given = (a, a_scales, a_block, b, b_scales, b_block, expert_offsets, out_dtype)
     if goes_direct(a, a_scales, b, b_scales, expert_offsets):
         return _gemm_kernel(*given)
     check_tensors("grouped_gemm", "a", a=a, a_scales=a_scales, b=b, b_scales=b_scales, expert_offsets=expert_offsets)
     return _grouped_gemm(*given)
+
+
+def _times_transposed(
+    a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None, b_block: Any, expert_offsets: Tensor,
+    out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    """The product that is the gradient with respect to ``a`` for a ``b`` that is not transposed."""
+    if a_scales is not None:
+        raise type_error("grouped_gemm", "a", "float32 or bfloat16 with transposed=True", "an Fp8Tensor")
+    check_tensors("grouped_gemm", "a", a=a, b=b, b_scales=b_scales, expert_offsets=expert_offsets)
+    if torch.is_autocast_enabled("cpu"):
+        a, b = (autocast_float(torch.get_autocast_dtype("cpu"), x) for x in (a, b))
+    given = (a, b, b_scales, b_block, expert_offsets, out_dtype or _default_dtype(a, None, b, b_scales))
+    return _dgrad_kernel(*given) if goes_direct(a, b, b_scales, expert_offsets) else _grouped_gemm_dgrad(*given)
+
+
+def _default_dtype(a: Tensor, a_scales: Tensor | None, b: Tensor, b_scales: Tensor | None) -> torch.dtype:
+    wide = any(x.dtype == torch.float32 for x, scales in ((a, a_scales), (b, b_scales)) if scales is None)
+    return torch.float32 if wide else torch.bfloat16
 
 
 def _parts(x: Any) -> tuple[Any, Tensor | None, tuple[int, int]]:
@@ -90,9 +116,7 @@ def _gemm_fake(
     expert_offsets: Tensor, out_dtype: torch.dtype | None,
 ) -> Tensor:  # fmt: skip
     check_tensors("grouped_gemm", "a", a=a, a_scales=a_scales, b=b, b_scales=b_scales, expert_offsets=expert_offsets)
-    wide = any(x.dtype == torch.float32 for x, scales in ((a, a_scales), (b, b_scales)) if scales is None)
-    dtype = out_dtype or (torch.float32 if wide else torch.bfloat16)
-    return a.new_empty((a.shape[0], b.shape[1]), dtype=dtype)
+    return a.new_empty((a.shape[0], b.shape[1]), dtype=out_dtype or _default_dtype(a, a_scales, b, b_scales))
 
 
 def _gemm_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -128,6 +152,21 @@ def _dgrad_fake(
     return grad.new_empty((grad.shape[0], b.shape[2]), dtype=out_dtype)
 
 
+def _dgrad_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, b, b_scales, ctx.b_block, expert_offsets, _ = inputs
+    ctx.save_for_backward(grad, b, b_scales, expert_offsets)
+
+
+def _dgrad_grad(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    grad, b, b_scales, offsets = ctx.saved_tensors
+    of_grad = of_b = None
+    if ctx.needs_input_grad[0]:
+        of_grad = _grouped_gemm(upstream, None, (1, 128), b, b_scales, ctx.b_block, offsets, grad.dtype)
+    if ctx.needs_input_grad[1]:
+        of_b = _grouped_gemm_wgrad(grad, upstream, None, (1, 128), offsets).to(b.dtype)
+    return of_grad, of_b, None, None, None, None
+
+
 def _wgrad_kernel(grad: Tensor, a: Tensor, a_scales: Tensor | None, a_block: Any, expert_offsets: Tensor) -> Tensor:
     function = "grouped_gemm_wgrad"
     left, offsets = _operand(function, "a", a, a_scales, a_block), array(function, "expert_offsets", expert_offsets)
@@ -138,16 +177,35 @@ def _wgrad_fake(grad: Tensor, a: Tensor, a_scales: Tensor | None, a_block: Any, 
     return grad.new_empty((expert_offsets.shape[0] - 1, grad.shape[1], a.shape[1]), dtype=torch.float32)
 
 
+def _wgrad_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, a, a_scales, ctx.a_block, expert_offsets = inputs
+    ctx.save_for_backward(grad, a, a_scales, expert_offsets)
+
+
+def _wgrad_grad(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    grad, a, a_scales, offsets = ctx.saved_tensors
+    of_grad = of_a = None
+    if ctx.needs_input_grad[0]:
+        of_grad = _grouped_gemm(a, a_scales, ctx.a_block, upstream, None, (1, 128), offsets, grad.dtype)
+    if ctx.needs_input_grad[1]:
+        of_a = _grouped_gemm_dgrad(grad, upstream, None, (1, 128), offsets, a.dtype)
+    return of_grad, of_a, None, None, None
+
+
 _grouped_gemm_dgrad = define(
     "grouped_gemm_dgrad(Tensor grad_out, Tensor b, Tensor? b_scales, int[2] b_block, Tensor expert_offsets, "
     "ScalarType out_dtype) -> Tensor",
     _dgrad_kernel,
     _dgrad_fake,
+    backward=_dgrad_grad,
+    save=_dgrad_save,
 )
 _grouped_gemm_wgrad = define(
     "grouped_gemm_wgrad(Tensor grad_out, Tensor a, Tensor? a_scales, int[2] a_block, Tensor expert_offsets) -> Tensor",
     _wgrad_kernel,
     _wgrad_fake,
+    backward=_wgrad_grad,
+    save=_wgrad_save,
 )
 _grouped_gemm = define(
     "grouped_gemm(Tensor a, Tensor? a_scales, int[2] a_block, Tensor b, Tensor? b_scales, int[2] b_block, "

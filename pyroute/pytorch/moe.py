@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import moe as core
 from .._activation import Activation, activation_program
-from .._moe_arguments import WeightOn, check_layer
+from .._moe_arguments import MoeGradients, WeightOn, check_layer
 from ..quantization import ScaleFormat
 from ..route_plan import plan_routes
 from ._library import define, goes_direct
@@ -129,19 +129,19 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 def _grad(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, gate_up = ctx.saved_tensors
-    x, _, topk_weights, w_gate_up, _, w_down, _, b_gate_up, b_down = tensors
-    grads = _moe_backward(grad_y, gate_up, *tensors, *ctx.options)
-    needed = (0, x), (2, topk_weights), (3, w_gate_up), (5, w_down), (7, b_gate_up), (8, b_down)
+    wanted = [name for name in MoeGradients._fields if ctx.needs_input_grad[_NAMES.index(name)]]
+    grads = _moe_backward(grad_y, gate_up, *tensors, *ctx.options, ",".join(wanted))
     result: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for grad, (place, like) in zip(grads, needed, strict=True):
-        if ctx.needs_input_grad[place]:
-            result[place] = grad.to(like.dtype)
+    for name, grad in zip(MoeGradients._fields, grads, strict=True):
+        if name in wanted:
+            place = _NAMES.index(name)
+            result[place] = grad.to(tensors[place].dtype)
     return tuple(result)
 
 
 def _backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
     function = "moe_backward"
-    *blocks, activation, limit, alpha, weight_on, quantize = args[9:]
+    *blocks, activation, limit, alpha, weight_on, quantize, wanted = args[9:]
     positional, b_gate_up, b_down = _arguments(function, args[:9], (blocks[0], blocks[1]))
     x, topk_idx, topk_weights, *weights = positional
     layer = check_layer(
@@ -150,17 +150,22 @@ def _backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tenso
     )  # fmt: skip
     plan = plan_routes(layer.topk_idx, layer.w_down.shape[0])
     rows = array(function, "gate_up", gate_up)[: plan.num_rows]
-    grads = core.moe_backward(array(function, "grad_y", grad_y), core.MoeSaved(layer, plan, rows))
-    return tuple(torch.empty(0) if grad is None else tensor(grad) for grad in grads)
+    saved = core.MoeSaved(layer, plan, rows)
+    grads = core.moe_backward(array(function, "grad_y", grad_y), saved, wanted=tuple(filter(None, wanted.split(","))))
+    empty = torch.empty(0, dtype=torch.float32)
+    return tuple(
+        (empty.to(grad_y.dtype) if name == "x" else empty.clone()) if grad is None else tensor(grad)
+        for name, grad in grads._asdict().items()
+    )
 
 
 def _backward_fake(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    x, _, topk_weights, w_gate_up, _, w_down, _, b_gate_up, b_down = args[:9]
-
-    def wide(like: Tensor | None) -> Tensor:
-        return x.new_empty(0 if like is None else like.shape, dtype=torch.float32)
-
-    return (x.new_empty(x.shape), *(wide(like) for like in (topk_weights, w_gate_up, w_down, b_gate_up, b_down)))
+    tensors, wanted = dict(zip(_NAMES, args[:9], strict=True)), args[-1].split(",")
+    dtypes = {"x": grad_y.dtype}
+    return tuple(
+        grad_y.new_empty(tensors[name].shape if name in wanted else 0, dtype=dtypes.get(name, torch.float32))
+        for name in MoeGradients._fields
+    )
 
 
 _ARGUMENTS = (
@@ -169,7 +174,7 @@ _ARGUMENTS = (
     "str activation, float? limit, float? alpha, str weight_on, str quantize_activations"
 )
 _moe_backward = define(
-    f"moe_backward(Tensor grad_y, Tensor gate_up, {_ARGUMENTS}) -> (Tensor x, Tensor topk_weights, "
+    f"moe_backward(Tensor grad_y, Tensor gate_up, {_ARGUMENTS}, str wanted) -> (Tensor x, Tensor topk_weights, "
     "Tensor w_gate_up, Tensor w_down, Tensor b_gate_up, Tensor b_down)",
     _backward_kernel,
     _backward_fake,
