@@ -2,78 +2,78 @@
 // (an expert's weights, or `a` transposed), and every output byte is the same however they are cut.
 //
 // A round packs a bounded number of X rows once, into memory that all threads read (1.3 % of the arithmetic at N =
-// 1408). Its tasks are runs of 504 rows by panels of columns that fit half of L2; each thread packs the columns of its
-// task into its own panel and re-uses them for the task's rows (2 % of the arithmetic). So one crowded expert is many
+// 1408). Its tasks are runs of about 500 rows by panels of columns that fit half of L2; each thread packs the columns
+// of its task into its own panel and re-uses them for the task's rows. A thread claims its next task before it computes
+// the one at hand, whose tiles leave time to fetch the next one's columns from memory. So one crowded expert is many
 // tasks.
 #include "cpu/grouped_gemm.h"
 
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <vector>
 
 #include "cpu/grouped_gemm_decode.h"
+#include "cpu/memory.h"
 #include "cpu/threads.h"
 
 namespace pyroute::cpu {
 namespace {
 
-constexpr int64_t task_rows = 504;                // 42 groups
-constexpr int64_t pack_unit = 48;                 // rows that a thread packs at a time: whole cache lines of columns
-constexpr int64_t column_panel_bytes = 400 << 10; // of L2
-constexpr int64_t round_bytes = 16 << 20;
+constexpr int64_t task_rows = 516;                 // 43 groups
+constexpr int64_t pack_unit = 48;                  // rows that a thread packs at a time: whole cache lines of columns
+constexpr int64_t column_panel_floats = 100 << 10; // 400 KiB of L2
+constexpr int64_t round_floats = 4 << 20;
 constexpr int64_t share_elements = 200 << 10; // packed in 20 us; below that a thread is not worth waking
 constexpr int64_t share_multiply_adds = 1 << 20;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+int64_t item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
+
 struct Product {
     PanelSource x, y;
     int64_t num_rows, num_cols;
     char *out; // row-major, num_cols elements a row
+
+    int64_t group_floats() const { return packed_shape(x.length, group_rows).floats; }
+    int64_t strip_floats() const { return packed_shape(x.length, strip_cols).floats; }
+    bool scaled() const { return x.keeps_scales || y.keeps_scales; }
+    PanelScales scales() const {
+        const int64_t extent = y.columns ? y.block_cols : y.block_rows; // of y's scale blocks along its panel rows
+        return !scaled()                                     ? PanelScales::none
+               : !y.keeps_scales || extent % strip_cols == 0 ? PanelScales::per_row
+                                                             : PanelScales::per_element;
+    }
 };
 
 // Rows [first_row, first_row + num_rows) of a product; the unit that a round packs.
 struct RowRun {
     const Product *product;
     int64_t first_row, num_rows;
-    int64_t first_block; // of its packed rows in the round's memory
-    int64_t panel_cols;  // columns of one task
+    int64_t first_float;  // of its packed rows in the round's memory
+    int64_t panel_strips; // of one task's columns
 
-    int64_t blocks() const { return divide_up(product->x.length, panel_depth); }
-    int64_t num_blocks() const { return divide_up(num_rows, panel_rows) * blocks(); }
-    int64_t num_tasks() const { return divide_up(product->num_cols, panel_cols); }
+    int64_t num_floats() const { return divide_up(num_rows, group_rows) * product->group_floats(); }
+    int64_t panel_cols() const { return panel_strips * strip_cols; }
+    int64_t panel_floats() const { return panel_strips * product->strip_floats(); }
+    int64_t num_tasks() const { return divide_up(product->num_cols, panel_cols()); }
     int64_t num_pack_units() const { return divide_up(num_rows, pack_unit); }
-    // A single group of rows uses each column once: its columns are widened block by block and never stored.
-    bool packs_columns() const { return num_rows > panel_rows || product->y.columns; }
 };
 
-class PanelMemory {
-  public:
-    explicit PanelMemory(int64_t blocks)
-        : blocks_(static_cast<PanelBlock *>(::operator new(sizeof(PanelBlock) * static_cast<size_t>(blocks),
-                                                           std::align_val_t{alignof(PanelBlock)}))) {}
-    ~PanelMemory() { ::operator delete(blocks_, std::align_val_t{alignof(PanelBlock)}); }
-    PanelMemory(const PanelMemory &) = delete;
-    PanelMemory &operator=(const PanelMemory &) = delete;
-    PanelBlock *at(int64_t block) const { return blocks_ + block; }
-
-  private:
-    PanelBlock *blocks_;
-};
-
-int64_t panel_cols_for(const Product &p) {
-    const int64_t group_bytes = std::max<int64_t>(1, divide_up(p.y.length, panel_depth)) * int64_t{sizeof(PanelBlock)};
-    return panel_rows * std::clamp<int64_t>(column_panel_bytes / group_bytes, 1, 16);
-}
-
+// Even runs: a short last one would pack its columns for a few rows.
 std::vector<RowRun> cut(const std::vector<Product> &products) {
     std::vector<RowRun> runs;
-    for (const Product &p : products)
-        for (int64_t row = 0; row < p.num_rows && p.num_cols > 0; row += task_rows)
-            runs.push_back({&p, row, std::min(task_rows, p.num_rows - row), 0, panel_cols_for(p)});
+    for (const Product &p : products) {
+        if (p.num_rows == 0 || p.num_cols == 0)
+            continue;
+        const int64_t strips = std::min(divide_up(p.num_cols, strip_cols),
+                                        std::clamp<int64_t>(column_panel_floats / (p.strip_floats() + 1), 1, 32));
+        const int64_t num_runs = divide_up(p.num_rows, task_rows);
+        const int64_t rows = divide_up(divide_up(p.num_rows, num_runs), group_rows) * group_rows;
+        for (int64_t row = 0; row < p.num_rows; row += rows)
+            runs.push_back({&p, row, std::min(rows, p.num_rows - row), 0, strips});
+    }
     return runs;
 }
 
@@ -113,91 +113,103 @@ class Round {
             const Product &p = *runs[i].product;
             elements_ += runs[i].num_rows * p.x.length;
             multiply_adds_ += runs[i].num_rows * p.num_cols * p.x.length;
-            if (runs[i].packs_columns())
-                task_blocks_ = std::max(task_blocks_, runs[i].panel_cols / panel_rows * runs[i].blocks());
+            panel_floats_ = std::max(panel_floats_, runs[i].panel_floats());
         }
     }
 
     int64_t num_tasks() const { return task_ends_.back(); }
-    int64_t task_blocks() const { return task_blocks_; } // columns of one task, packed
+    int64_t panel_floats() const { return panel_floats_; } // columns of one task, packed
     int64_t useful_workers() const { return std::min(num_tasks(), 1 + multiply_adds_ / share_multiply_adds); }
 
-    void pack_rows(PanelBlock *rows) const {
+    void pack_rows(float *rows) const {
         const int64_t units = pack_ends_.back();
         parallel_ranges(units, 1 + units * share_elements / (elements_ + 1), [&](int64_t begin, int64_t end) {
             for (int64_t i = begin; i < end; ++i) {
                 const Part part = part_at(pack_ends_, i);
                 const RowRun &run = runs_[part.run];
                 const int64_t row = part.number * pack_unit;
-                kernels_.pack(run.product->x, run.first_row + row, std::min(pack_unit, run.num_rows - row),
-                              rows + run.first_block + row / panel_rows * run.blocks());
+                const Product &p = *run.product;
+                kernels_.pack_x(p.x, run.first_row + row, std::min(pack_unit, run.num_rows - row), p.scaled(),
+                                rows + run.first_float + row / group_rows * p.group_floats());
             }
         });
     }
 
-    void multiply(int64_t task, const PanelBlock *rows, PanelBlock *columns) const {
+    // `next`: the task that this thread will do after this one; its columns are fetched meanwhile.
+    void multiply(int64_t task, int64_t next, const float *rows, float *columns) const {
         const Part part = part_at(task_ends_, task);
         const RowRun &run = runs_[part.run];
         const Product &p = *run.product;
-        const int64_t col = part.number * run.panel_cols, num_cols = std::min(run.panel_cols, p.num_cols - col);
-        if (run.packs_columns())
-            kernels_.pack(p.y, col, num_cols, columns);
+        const int64_t col = part.number * run.panel_cols(), num_cols = std::min(run.panel_cols(), p.num_cols - col);
+        kernels_.pack_y(p.y, col, num_cols, p.scaled(), columns);
         PanelProduct product{};
-        product.x = rows + run.first_block;
+        product.x = rows + run.first_float;
+        product.y = columns;
         product.num_rows = run.num_rows;
-        product.y = run.packs_columns() ? columns : nullptr;
-        product.source = p.y;
-        product.first_col = col;
         product.num_cols = num_cols;
         product.length = p.x.length;
-        product.scaled = p.x.keeps_scales || p.y.keeps_scales;
+        product.scales = p.scales();
         product.out = p.out + (run.first_row * p.num_cols + col) * output_.item_size();
         product.out_type = output_.type;
         product.out_stride = p.num_cols;
         product.accumulate = output_.accumulate;
+        if (next < num_tasks())
+            product.next = columns_of(next);
         kernels_.multiply(product);
     }
 
   private:
+    NextRead columns_of(int64_t task) const {
+        const Part part = part_at(task_ends_, task);
+        const RowRun &run = runs_[part.run];
+        const PanelSource &y = run.product->y;
+        const int64_t item = item_size(y.type), col = part.number * run.panel_cols();
+        const int64_t num_cols = std::min(run.panel_cols(), run.product->num_cols - col);
+        const auto *data = static_cast<const char *>(y.data);
+        if (y.columns)
+            return {data + col * item, y.length, num_cols * item, y.stride * item};
+        return {data + col * y.stride * item, num_cols, y.length * item, y.stride * item};
+    }
+
     const RowRun *runs_;
     const GroupedGemmKernels &kernels_;
     Output output_;
     std::vector<int64_t> pack_ends_, task_ends_;
-    int64_t task_blocks_ = 0, elements_ = 0, multiply_adds_ = 0;
+    int64_t panel_floats_ = 0, elements_ = 0, multiply_adds_ = 0;
 };
 
 void run_products(const std::vector<Product> &products, Output output) {
     std::vector<RowRun> runs = cut(products);
     const GroupedGemmKernels &kernels = current_grouped_gemm_kernels();
     std::vector<Round> rounds;
-    int64_t row_blocks = 0, task_blocks = 0;
+    int64_t row_floats = 0, panel_floats = 0;
     for (size_t first = 0, next = 0; first < runs.size(); first = next) {
-        int64_t blocks = 0;
-        for (; next < runs.size() &&
-               (next == first || (blocks + runs[next].num_blocks()) * int64_t{sizeof(PanelBlock)} <= round_bytes);
-             ++next) {
-            runs[next].first_block = blocks;
-            blocks += runs[next].num_blocks();
+        int64_t floats = 0;
+        for (; next < runs.size() && (next == first || floats + runs[next].num_floats() <= round_floats); ++next) {
+            runs[next].first_float = floats;
+            floats += runs[next].num_floats();
         }
         rounds.emplace_back(&runs[first], next - first, kernels, output);
-        row_blocks = std::max(row_blocks, blocks);
-        task_blocks = std::max(task_blocks, rounds.back().task_blocks());
+        row_floats = std::max(row_floats, floats);
+        panel_floats = std::max(panel_floats, rounds.back().panel_floats());
     }
     if (rounds.empty())
         return;
     const int64_t workers = num_threads();
-    const PanelMemory rows(row_blocks), columns(task_blocks * workers);
+    const Workspace<float> rows(row_floats), columns(panel_floats * workers);
     for (const Round &round : rounds) {
-        round.pack_rows(rows.at(0));
+        round.pack_rows(rows.get());
         std::atomic<int64_t> next_task{0};
         parallel_ranges(std::min(workers, round.useful_workers()), 1, [&](int64_t worker, int64_t) {
-            for (int64_t task; (task = next_task.fetch_add(1, std::memory_order_relaxed)) < round.num_tasks();)
-                round.multiply(task, rows.at(0), columns.at(worker * task_blocks));
+            int64_t task = next_task.fetch_add(1, std::memory_order_relaxed);
+            while (task < round.num_tasks()) {
+                const int64_t next = next_task.fetch_add(1, std::memory_order_relaxed);
+                round.multiply(task, next, rows.get(), columns.get() + worker * panel_floats);
+                task = next;
+            }
         });
     }
 }
-
-int64_t item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
 
 // Matrix `index` of a stack [E, rows, cols].
 PanelSource matrix(const GemmOperand &operand, int64_t index, int64_t rows, int64_t cols, bool columns) {

@@ -1,4 +1,4 @@
-// Grouped GEMM on the CPU: all three products are out = X Y^T over panels that run along the contraction.
+// Grouped GEMM on the CPU: all three products are out = X Y^T over packed panels.
 #pragma once
 
 #include "../grouped_gemm.h"
@@ -10,16 +10,22 @@ void grouped_gemm(const GroupedGemmArgs &args);
 void grouped_gemm_dgrad(const GroupedGemmArgs &args);
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs &args);
 
-constexpr int panel_rows = 12;   // four tiles of 3 rows, three tiles of 4 columns
 constexpr int panel_depth = 128; // elements of the contraction between two additions to the totals
+constexpr int panel_lanes = 8;   // lane l of a block takes its elements l, l + 8, ...
+constexpr int group_rows = 12;   // rows of X that are packed together
+constexpr int strip_cols = 16;   // columns of Y
 
-// A group of rows, one block of the contraction: float32 whatever the operand's type. 97 cache lines: consecutive
-// blocks do not fall into the same cache sets. The elements past the contraction's end, up to a multiple of 8, are
-// zero.
-struct alignas(64) PanelBlock {
-    float values[panel_rows][panel_depth];
-    float scales[16]; // of each row in this block; [panel_rows, 16) is not used
+// A packed group or strip of `width` rows or columns, float32 whatever the operand's type: lane by lane, within a lane
+// [step of 8 elements][width], elements past the contraction's end zero; then [block of 128][16] scales. Each lane is
+// one cache line longer than its elements, so that lanes do not compete for the same cache sets.
+struct PackedShape {
+    int64_t steps, blocks, lane_floats, floats;
 };
+static constexpr PackedShape packed_shape(int64_t length, int width) {
+    const int64_t steps = (length + panel_lanes - 1) / panel_lanes, blocks = (length + panel_depth - 1) / panel_depth;
+    const int64_t lane_floats = (steps * width + 15) / 16 * 16 + 16;
+    return {steps, blocks, lane_floats, panel_lanes * lane_floats + 16 * blocks};
+}
 
 // What is packed: the rows of a row-major matrix, or its columns.
 struct PanelSource {
@@ -32,29 +38,33 @@ struct PanelSource {
     int64_t scale_stride;    // blocks in a row of blocks
     int64_t first_block_row; // place of matrix row 0 in its block
     int64_t block_rows, block_cols;
-    bool
-        keeps_scales; // each block of the contraction has one scale: it goes to PanelBlock::scales, not into the values
+    bool keeps_scales; // each block of the contraction has one scale: it is packed beside the values, not into them
 };
 
-// A run of rows times a run of columns. Groups are consecutive, each ceil(length / panel_depth) blocks.
+// Memory that will be packed next: rows of `row_bytes`; none if num_rows is 0.
+struct NextRead {
+    const char *data;
+    int64_t num_rows, row_bytes, row_stride;
+};
+
+enum class PanelScales { none, per_row, per_element }; // per_row: each strip has one scale per block
+
+// A run of rows times a run of columns, packed in consecutive groups and strips.
 struct PanelProduct {
-    const PanelBlock *x; // packed rows
-    int64_t num_rows;
-    const PanelBlock *y; // packed columns; null: packed block by block from `source` (for one group of rows)
-    PanelSource source;
-    int64_t first_col; // in source
-    int64_t num_cols;
-    int64_t length;
-    bool scaled; // x or y has scales other than 1
-    void *out;   // element (0, 0)
+    const float *x, *y;
+    int64_t num_rows, num_cols, length;
+    PanelScales scales;
+    void *out; // element (0, 0)
     ElementType out_type;
     int64_t out_stride;
     bool accumulate; // add to out, float32 only
+    NextRead next;
 };
 
 struct GroupedGemmKernels {
-    // Rows [first_row, first_row + num_rows) into consecutive groups at `panel`.
-    void (*pack)(const PanelSource &source, int64_t first_row, int64_t num_rows, PanelBlock *panel);
+    // Rows [first, first + count) to groups, columns to strips; `scaled`: with their scales.
+    void (*pack_x)(const PanelSource &source, int64_t first, int64_t count, bool scaled, float *groups);
+    void (*pack_y)(const PanelSource &source, int64_t first, int64_t count, bool scaled, float *strips);
     void (*multiply)(const PanelProduct &product);
 };
 

@@ -1,166 +1,219 @@
-// out = X Y^T by dot products over packed panels.
+// out = X Y^T over packed panels.
 //
 // Contract: the contraction goes in blocks of 128. Inside a block eight lanes run, lane l taking elements l, l + 8, ...
 // with fused multiply-adds from +0; then total[l] = fma(partial[l], scale, total[l]); at the end the totals are summed
 // 4, 2, 1 apart. The same per element for every tile, so no byte depends on how the work was cut.
 //
-// Plan: a tile of 3 rows x 4 columns keeps 12 accumulators, 3 rows and 1 column in 16 registers; per step of 8 elements
-// it loads 7 vectors for 12 multiply-adds. Groups of 12 x 12 keep one block of both operands and the totals in L1
-// (6 + 6 + 5 KiB); the panels stream from L2 at 11 bytes a cycle. Measured on one Zen 4 core, 117 GFLOP/s peak, 504
-// rows x 48 columns x 2048: 110 GFLOP/s, with scales 98. Rejected: tiles of 2 x 6 (108), 4 x 3 (110 with 32 registers,
-// 72 with 16), 4 x 6 (104).
+// Plan: the contract's lanes are not the lanes of a register but are computed one after another, each as a sum of outer
+// products: 16 columns in registers times one element of a row broadcast. A lane of a group of 12 rows and a strip of
+// 16 columns keeps 12 x 16 partial sums and as many totals in 24 AVX-512 registers over the whole contraction, or 6 x
+// 16 partial sums in 12 AVX2 registers with the totals in L1. Nothing is summed across a register. A lane of the group
+// (12 KiB at 2048 elements) stays in L1 for four strips, whose lanes stream from L2 at 5 bytes a cycle.
 #include "cpu/grouped_gemm.h"
 
+#include "cpu/scalar/grouped_gemm_fetch.h"
 #include "cpu/scalar/grouped_gemm_pack.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 namespace {
 
-constexpr int lanes = 8;
-constexpr int tile_rows = 3, accumulators = 12; // 3 x 4, or for the last rows 2 x 6 and 1 x 12
-using Totals = float[panel_rows][panel_rows][lanes];
-
-// A vector loaded once into its register; folded into the multiply-adds it would be loaded three times.
-PYROUTE_INLINE f32x8 load_once(const float *from) {
-    f32x8 v = load<f32x8>(from);
-#if defined(__AVX2__)
-    asm("" : "+x"(v));
+#if defined(__AVX512F__)
+using Wide = float __attribute__((vector_size(64)));
+constexpr int most_tile_rows = 12;
+PYROUTE_INLINE Wide multiply_add(const Wide &a, const Wide &b, const Wide &c) {
+    return bit_cast<Wide>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
+}
+#else
+using Wide = f32x8;
+constexpr int most_tile_rows = 6;
+PYROUTE_INLINE Wide multiply_add(const Wide &a, const Wide &b, const Wide &c) { return fma(a, b, c); }
 #endif
-    return v;
+constexpr int width = sizeof(Wide) / sizeof(float), vectors = strip_cols / width;
+constexpr int strips_at_once = 4; // that a lane of a group stays in L1 for
+
+using Square = float[group_rows][strip_cols];
+template <int rows> using Sums = Wide[rows][vectors];
+
+// The lanes in an order in which three squares are enough for the tree ((0 + 4) + (2 + 6)) + ((1 + 5) + (3 + 7)), whose
+// root ends in the first one.
+constexpr int lane_order[panel_lanes] = {0, 4, 2, 6, 1, 5, 3, 7};
+struct alignas(64) Tree {
+    Square a, b, c;
+};
+
+template <int rows, class Function> PYROUTE_INLINE void each(Sums<rows> &sums, const Function &function) {
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+        for (int j = 0; j < vectors; ++j)
+            function(sums[i][j], i * strip_cols + j * width);
 }
 
-template <int rows, bool scaled>
-PYROUTE_INLINE void multiply_tile(const PanelBlock &x, int row, const PanelBlock &y, int col, int steps, Totals &totals,
-                                  const float (&scales)[panel_rows][16]) {
-    constexpr int cols = accumulators / rows;
-    f32x8 partial[rows][cols];
+// Some steps of one lane.
+template <int rows, int unroll>
+PYROUTE_INLINE void add_steps(const float *x, const float *y, int steps, Sums<rows> &partial) {
+    for (int step = 0; step < steps; step += unroll)
+#pragma GCC unroll 4
+        for (int u = 0; u < unroll; ++u, x += group_rows, y += strip_cols) {
+            Wide y_wide[vectors];
+#pragma GCC unroll 2
+            for (int j = 0; j < vectors; ++j)
+                y_wide[j] = load<Wide>(y + j * width);
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 12
-        for (int j = 0; j < cols; ++j)
-            partial[i][j] = f32x8{};
-    const float *from_x = x.values[row], *from_y = y.values[col];
-    for (int step = 0; step < steps; ++step) {
-        f32x8 x_f32x8[rows];
-#pragma GCC unroll 12
-        for (int i = 0; i < rows; ++i)
-            x_f32x8[i] = load_once(from_x + i * panel_depth + step * lanes);
-#pragma GCC unroll 12
-        for (int j = 0; j < cols; ++j) {
-            const f32x8 y_f32x8 = load_once(from_y + j * panel_depth + step * lanes);
-#pragma GCC unroll 12
-            for (int i = 0; i < rows; ++i)
-                partial[i][j] = fma(x_f32x8[i], y_f32x8, partial[i][j]);
+            for (int i = 0; i < rows; ++i) {
+                const Wide x_wide = x[i] - Wide{};
+#pragma GCC unroll 2
+                for (int j = 0; j < vectors; ++j)
+                    partial[i][j] = multiply_add(x_wide, y_wide[j], partial[i][j]);
+            }
         }
-    }
+}
+
+// total = fma(partial, scale of x times scale of y, total), for one block.
+template <int rows, PanelScales scales>
+PYROUTE_INLINE void add_partial(const float *x_scales, const float *y_scales, Sums<rows> &partial, Sums<rows> &total) {
+    alignas(64) float of_row[16];
+    if constexpr (scales == PanelScales::per_row)
+        for (int i = 0; i < 16; i += width)
+            store(of_row + i, load<Wide>(x_scales + i) * (y_scales[0] - Wide{}));
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i)
-#pragma GCC unroll 12
-        for (int j = 0; j < cols; ++j) {
-            float *total = totals[row + i][col + j];
-            const f32x8 before = load<f32x8>(total);
-            if constexpr (scaled) // a scale of 1 gives the bytes of the plain addition
-                store(total, fma(partial[i][j], broadcast<f32x8>(scales[row + i][col + j]), before));
+#pragma GCC unroll 2
+        for (int j = 0; j < vectors; ++j)
+            if constexpr (scales == PanelScales::none) // a scale of 1 gives the bytes of the plain addition
+                total[i][j] += partial[i][j];
+            else if constexpr (scales == PanelScales::per_row)
+                total[i][j] = multiply_add(partial[i][j], of_row[i] - Wide{}, total[i][j]);
             else
-                store(total, partial[i][j] + before);
-        }
+                total[i][j] =
+                    multiply_add(partial[i][j], load<Wide>(y_scales + j * width) * (x_scales[i] - Wide{}), total[i][j]);
 }
 
-template <int rows, bool scaled>
-PYROUTE_INLINE void multiply_row_tiles(const PanelBlock &x, int row, const PanelBlock &y, int num_cols, int steps,
-                                       Totals &totals, const float (&scales)[panel_rows][16]) {
-    for (int col = 0; col < num_cols; col += accumulators / rows)
-        multiply_tile<rows, scaled>(x, row, y, col, steps, totals, scales);
+// Puts the totals of one lane where the tree needs them.
+template <int rows> PYROUTE_INLINE void join(Sums<rows> &total, int lane, int first_row, Tree &tree) {
+    float *const a = tree.a[first_row], *const b = tree.b[first_row], *const c = tree.c[first_row];
+    if (lane < 4) {
+        float *const to = lane == 0 ? a : lane == 3 ? c : b;
+        each<rows>(total, [&](const Wide &t, int at) __attribute__((always_inline)) { store(to + at, t); });
+    } else if (lane < 6) {
+        float *const to = lane == 4 ? a : b;
+        each<rows>(total, [&](const Wide &t, int at)
+                              __attribute__((always_inline)) { store(to + at, load<Wide>(to + at) + t); });
+    } else if (lane == 6)
+        each<rows>(total, [&](const Wide &t, int at) __attribute__((always_inline)) {
+            store(a + at, load<Wide>(a + at) + (load<Wide>(b + at) + t));
+        });
+    else
+        each<rows>(total, [&](const Wide &t, int at) __attribute__((always_inline)) {
+            store(a + at, load<Wide>(a + at) + (load<Wide>(b + at) + (load<Wide>(c + at) + t)));
+        });
 }
 
-// One block of the contraction for a group of rows and a group of columns; the last tile may compute columns too many.
-template <bool scaled>
-void multiply_block(const PanelBlock &x, int num_rows, const PanelBlock &y, int num_cols, int steps, Totals &totals) {
-    float scales[panel_rows][16];
-    if constexpr (scaled)
-        for (int i = 0; i < num_rows; ++i)
-            for (int j = 0; j < 16; j += lanes)
-                store(&scales[i][j], load<f32x8>(&y.scales[j]) * broadcast<f32x8>(x.scales[i]));
-    for (int row = 0; row < num_rows; row += tile_rows)
-        switch (num_rows - row) {
-        case 1:
-            multiply_row_tiles<1, scaled>(x, row, y, num_cols, steps, totals, scales);
-            break;
-        case 2:
-            multiply_row_tiles<2, scaled>(x, row, y, num_cols, steps, totals, scales);
-            break;
-        default:
-            multiply_row_tiles<3, scaled>(x, row, y, num_cols, steps, totals, scales);
-        }
-}
-
-// sum_lanes of four totals at once.
-using f32x4 = float __attribute__((vector_size(16)));
-PYROUTE_INLINE f32x4 sum_lanes_of_four(const float (*totals)[lanes]) {
-    f32x4 s[4];
-    for (int j = 0; j < 4; ++j)
-        s[j] = load<f32x4>(totals[j]) + load<f32x4>(totals[j] + 4);
-    const f32x4 ab_lo = __builtin_shufflevector(s[0], s[1], 0, 4, 1, 5);
-    const f32x4 ab_hi = __builtin_shufflevector(s[0], s[1], 2, 6, 3, 7);
-    const f32x4 cd_lo = __builtin_shufflevector(s[2], s[3], 0, 4, 1, 5);
-    const f32x4 cd_hi = __builtin_shufflevector(s[2], s[3], 2, 6, 3, 7);
-    const f32x4 even =
-        __builtin_shufflevector(ab_lo, cd_lo, 0, 1, 4, 5) + __builtin_shufflevector(ab_hi, cd_hi, 0, 1, 4, 5);
-    const f32x4 odd =
-        __builtin_shufflevector(ab_lo, cd_lo, 2, 3, 6, 7) + __builtin_shufflevector(ab_hi, cd_hi, 2, 3, 6, 7);
-    return even + odd;
-}
-
-void write_row(const PanelProduct &p, int64_t row, int64_t col, const float (*totals)[lanes], int num_cols) {
-    float sums[16] = {};
-    for (int j = 0; j < num_cols; j += 4)
-        store(&sums[j], sum_lanes_of_four(totals + j));
-    for (int j = 0; j < num_cols; j += lanes) {
-        const int count = smaller(num_cols - j, lanes);
-        const int64_t at = row * p.out_stride + col + j;
-        f32x8 value = load<f32x8>(&sums[j]);
-        if (p.out_type == ElementType::bfloat16) {
-            store_elements<Bfloat16>(static_cast<uint16_t *>(p.out) + at, value, count);
-            continue;
-        }
-        float *out = static_cast<float *>(p.out) + at;
-        if (p.accumulate)
-            value = load_elements<Float32>(out, count) + value;
-        store_elements<Float32>(out, value, count);
-    }
-}
-
-// A group of rows against a group of columns.
-void multiply_groups(const PanelProduct &p, int64_t blocks, int64_t group, int64_t col_group) {
-    const int64_t row = group * panel_rows, col = col_group * panel_rows;
-    const int num_rows = smaller(p.num_rows - row, panel_rows), num_cols = smaller(p.num_cols - col, panel_rows);
-    alignas(64) Totals totals = {};
-    PanelBlock unpacked;
-    const Packing packing_of_y = packing_of(p.source);
-    for (int64_t block = 0; block < blocks; ++block) {
-        const int steps = (smaller(p.length - block * panel_depth, panel_depth) + lanes - 1) / lanes;
-        if (!p.y)
-            pack_block(p.source, packing_of_y, p.first_col + col, num_cols, block, unpacked);
-        const PanelBlock &x = p.x[group * blocks + block];
-        const PanelBlock &y = p.y ? p.y[col_group * blocks + block] : unpacked;
-        if (p.scaled)
-            multiply_block<true>(x, num_rows, y, num_cols, steps, totals);
+// One lane of some rows of a group and a strip, the whole contraction.
+template <int rows, PanelScales scales>
+PYROUTE_INLINE void multiply_rows(const PackedShape &x_shape, const float *x, const PackedShape &y_shape,
+                                  const float *y, int lane, int first_row, Tree &tree) {
+    const float *x_scales = x + panel_lanes * x_shape.lane_floats + first_row;
+    const float *y_scales = y + panel_lanes * y_shape.lane_floats;
+    x += lane * x_shape.lane_floats + first_row;
+    y += lane * y_shape.lane_floats;
+    constexpr int block_steps = panel_depth / panel_lanes;
+    Sums<rows> total;
+    each<rows>(total, [](Wide &t, int) __attribute__((always_inline)) { t = Wide{}; });
+    for (int64_t step = 0; step < x_shape.steps; step += block_steps) {
+        Sums<rows> partial;
+        each<rows>(partial, [](Wide &t, int) __attribute__((always_inline)) { t = Wide{}; });
+        if (step + block_steps <= x_shape.steps)
+            add_steps<rows, 4>(x, y, block_steps, partial);
         else
-            multiply_block<false>(x, num_rows, y, num_cols, steps, totals);
+            add_steps<rows, 1>(x, y, static_cast<int>(x_shape.steps - step), partial);
+        add_partial<rows, scales>(x_scales, y_scales, partial, total);
+        x += block_steps * group_rows;
+        y += block_steps * strip_cols;
+        x_scales += 16;
+        y_scales += 16;
     }
+    join<rows>(total, lane, first_row, tree);
+}
+
+// Rows past the last are zeros; they are computed by fours.
+template <PanelScales scales>
+void multiply_lane(const PackedShape &x_shape, const float *x, int num_rows, const PackedShape &y_shape, const float *y,
+                   int lane, Tree &tree) {
+    if (num_rows <= 4)
+        return multiply_rows<4, scales>(x_shape, x, y_shape, y, lane, 0, tree);
+    constexpr int tile = most_tile_rows;
+    if (num_rows > 8) {
+        for (int row = 0; row < group_rows; row += tile)
+            multiply_rows<tile, scales>(x_shape, x, y_shape, y, lane, row, tree);
+        return;
+    }
+    constexpr int part = tile > 8 ? 8 : 4;
+    for (int row = 0; row < 8; row += part)
+        multiply_rows<part, scales>(x_shape, x, y_shape, y, lane, row, tree);
+}
+
+void write_sums(const PanelProduct &p, int64_t row, int num_rows, int64_t col, int num_cols, const Square &sums) {
     for (int i = 0; i < num_rows; ++i)
-        write_row(p, row + i, col, totals[i], num_cols);
+        for (int j = 0; j < num_cols; j += 8) {
+            const int count = smaller(num_cols - j, 8);
+            const int64_t at = (row + i) * p.out_stride + col + j;
+            f32x8 value = load<f32x8>(&sums[i][j]);
+            if (p.out_type == ElementType::bfloat16) {
+                store_elements<Bfloat16>(static_cast<uint16_t *>(p.out) + at, value, count);
+                continue;
+            }
+            float *out = static_cast<float *>(p.out) + at;
+            if (count < 8) {
+                if (p.accumulate)
+                    value = load_elements<Float32>(out, count) + value;
+                store_elements<Float32>(out, value, count);
+                continue;
+            }
+            if (p.accumulate)
+                value = load<f32x8>(out) + value;
+            store_elements<Float32>(out, value);
+        }
+}
+
+template <PanelScales scales> void multiply_panels(const PanelProduct &p) {
+    const PackedShape x_shape = packed_shape(p.length, group_rows), y_shape = packed_shape(p.length, strip_cols);
+    const int64_t groups = (p.num_rows + group_rows - 1) / group_rows;
+    const int64_t strips = (p.num_cols + strip_cols - 1) / strip_cols;
+    Fetch fetch(p.next, groups * strips * panel_lanes);
+    Tree trees[strips_at_once];
+    for (int64_t group = 0; group < groups; ++group) {
+        const int num_rows = smaller(p.num_rows - group * group_rows, group_rows);
+        const float *x = p.x + group * x_shape.floats;
+        for (int64_t first = 0; first < strips; first += strips_at_once) {
+            const int count = smaller(strips - first, strips_at_once);
+            for (int lane : lane_order)
+                for (int i = 0; i < count; ++i) {
+                    fetch();
+                    multiply_lane<scales>(x_shape, x, num_rows, y_shape, p.y + (first + i) * y_shape.floats, lane,
+                                          trees[i]);
+                }
+            for (int i = 0; i < count; ++i) {
+                const int64_t col = (first + i) * strip_cols;
+                write_sums(p, group * group_rows, num_rows, col, smaller(p.num_cols - col, strip_cols), trees[i].a);
+            }
+        }
+    }
 }
 
 void multiply(const PanelProduct &p) {
-    const int64_t blocks = (p.length + panel_depth - 1) / panel_depth;
-    for (int64_t row = 0; row < p.num_rows; row += panel_rows)
-        for (int64_t col = 0; col < p.num_cols; col += panel_rows)
-            multiply_groups(p, blocks, row / panel_rows, col / panel_rows);
+    switch (p.scales) {
+    case PanelScales::none:
+        return multiply_panels<PanelScales::none>(p);
+    case PanelScales::per_row:
+        return multiply_panels<PanelScales::per_row>(p);
+    default:
+        return multiply_panels<PanelScales::per_element>(p);
+    }
 }
 
 } // namespace
 
-const GroupedGemmKernels grouped_gemm_kernels = {pack, multiply};
+const GroupedGemmKernels grouped_gemm_kernels = {pack_panels<group_rows>, pack_panels<strip_cols>, multiply};
 
 } // namespace pyroute::cpu::PYROUTE_ISA

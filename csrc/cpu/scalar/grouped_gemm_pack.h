@@ -109,67 +109,90 @@ PYROUTE_INLINE void transpose(f32x8 (&v)[8]) {
     }
 }
 
-// Eight columns of `count` matrix rows to eight elements of panel rows `row`, row + 1, ... at `depth`. The square stays
-// in registers where its size is known.
-template <class Type, bool multiply_scales, bool full>
-PYROUTE_INLINE void pack_square(const PanelSource &s, const MatrixRow<Type> (&rows)[8], int count, const Columns &at,
-                                PanelBlock *block, int64_t blocks, int64_t row, int64_t depth) {
-    f32x8 square[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i)
-        square[i] = full || i < count ? load_lanes<Type, multiply_scales>(s, rows[i], at) : f32x8{};
-    transpose(square);
-    block += row / panel_rows * blocks;
-    int64_t in_group = row % panel_rows;
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-        if (!full && j == at.count)
-            break;
-        store(&block->values[in_group][depth], square[j]);
-        if (++in_group == panel_rows) {
-            in_group = 0;
-            block += blocks;
-        }
-    }
-}
-
-// Panel rows are the columns [first, first + num_rows): squares of 8 x 8 are transposed. All columns of eight matrix
-// rows are read before the next eight, so that reads are runs and not single elements.
+// Eight panel rows (fewer, if `count` is less), 32 elements of the contraction: widened, if need be, into `wide`.
 template <class Type, bool multiply_scales>
-void pack_columns(const PanelSource &s, int64_t first, int64_t num_rows, int64_t blocks, PanelBlock *panel) {
-    for (int64_t depth = 0; depth < s.length; depth += 8) {
-        const int count = smaller(s.length - depth, 8);
-        PanelBlock *block = panel + depth / panel_depth;
-        const int64_t in_block = depth % panel_depth;
-        MatrixRow<Type> rows[8];
-        for (int i = 0; i < count; ++i)
-            rows[i] = matrix_row<Type, multiply_scales>(s, depth + i);
-        int64_t row = 0;
-        if (count == 8)
-            for (; row + 8 <= num_rows; row += 8)
-                pack_square<Type, multiply_scales, true>(s, rows, 8, columns_at<multiply_scales>(s, first + row, 8),
-                                                         block, blocks, row, in_block);
-        for (; row < num_rows; row += 8) {
-            const Columns at = columns_at<multiply_scales>(s, first + row, smaller(num_rows - row, 8));
-            pack_square<Type, multiply_scales, false>(s, rows, count, at, block, blocks, row, in_block);
+PYROUTE_INLINE void widen_square(const PanelSource &s, int64_t first, int count, int64_t depth, int length,
+                                 float (&wide)[8][32], const float *(&rows)[8]) {
+    for (int i = 0; i < 8; ++i) {
+        rows[i] = wide[i];
+        if (i >= count) {
+            memset(wide[i], 0, sizeof(wide[i]));
+            continue;
+        }
+        const auto *from = matrix_row<Type, false>(s, first + i).elements + depth;
+        for (size_t line = 0; line < 32 * sizeof(*from); line += 64)
+            __builtin_prefetch(reinterpret_cast<const char *>(from + 64) + line);
+        if constexpr (sizeof(*from) == sizeof(float))
+            if (length == 32) {
+                rows[i] = reinterpret_cast<const float *>(from);
+                continue;
+            }
+        pack_row<Type, multiply_scales>(s, first + i, depth, length, wide[i]);
+    }
+}
+
+// Matrix rows become panel rows: squares of 8 x 8 are transposed.
+template <class Type, bool multiply_scales, int width>
+void pack_rows(const PanelSource &s, int64_t first, int64_t count, float *to) {
+    const PackedShape shape = packed_shape(s.length, width);
+    for (; count > 0; first += width, count -= width, to += shape.floats)
+        for (int64_t depth = 0; depth < s.length; depth += 32) {
+            const int length = smaller(s.length - depth, 32);
+#pragma GCC unroll 2
+            for (int row = 0; row < width; row += 8) {
+                alignas(32) float wide[8][32];
+                const float *rows[8];
+                widen_square<Type, multiply_scales>(s, first + row, smaller(count - row, 8), depth, length, wide, rows);
+                float *at = to + depth / panel_lanes * width + row;
+                for (int i = 0; i < length; i += panel_lanes, at += width) {
+                    f32x8 square[8];
+#pragma GCC unroll 8
+                    for (int j = 0; j < 8; ++j)
+                        square[j] = load<f32x8>(rows[j] + i);
+                    transpose(square);
+#pragma GCC unroll 8
+                    for (int lane = 0; lane < panel_lanes; ++lane)
+                        if (width - row >= 8)
+                            store(at + lane * shape.lane_floats, square[lane]);
+                        else
+                            memcpy(at + lane * shape.lane_floats, &square[lane], 4 * sizeof(float));
+                }
+            }
+        }
+}
+
+// Matrix columns become panel rows: runs of a matrix row are copied.
+template <class Type, bool multiply_scales, int width>
+void pack_columns(const PanelSource &s, int64_t first, int64_t count, float *to) {
+    const PackedShape shape = packed_shape(s.length, width);
+    for (int64_t depth = 0; depth < shape.steps * panel_lanes; ++depth) {
+        float *at = to + depth % panel_lanes * shape.lane_floats + depth / panel_lanes * width;
+        for (int64_t col = 0; col < count; col += 96) { // both widths divide it
+            alignas(64) float wide[96 + 8];
+            const int run = smaller(count - col, 96);
+            const float *from = wide;
+            if (depth >= s.length)
+                memset(wide, 0, sizeof(wide));
+            else if (sizeof(typename Type::Storage) == sizeof(float) && run % width == 0)
+                from = reinterpret_cast<const float *>(matrix_row<Type, false>(s, depth).elements + first + col);
+            else {
+                pack_row<Type, multiply_scales>(s, depth, first + col, run, wide);
+                for (int i = (run + 7) / 8 * 8; i % width; ++i)
+                    wide[i] = 0;
+            }
+            for (int i = 0; i < run; i += width, at += shape.floats)
+                memcpy(at, from + i, width * sizeof(float));
         }
     }
 }
 
-// The rows of a last group that a tile reads and nobody stored are zero; so are their scales.
-void clear_rows(PanelBlock &block, int num_rows) {
-    for (int row = num_rows; row < panel_rows; ++row) {
-        memset(block.values[row], 0, sizeof(block.values[row]));
-        block.scales[row] = 0;
-    }
-}
-
-// Scales of panel rows in one block of the contraction. A division takes up to 20 cycles and the block 400, so the
-// blocks are walked.
-void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t block, PanelBlock &to) {
+// Scales of up to 16 panel rows in one block of the contraction. A division takes up to 20 cycles and the block 400, so
+// the blocks are walked.
+void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t block, float *to) {
+    memset(to, 0, 16 * sizeof(float));
     if (!s.keeps_scales) {
         for (int i = 0; i < num_rows; ++i)
-            to.scales[i] = 1.0f;
+            to[i] = 1.0f;
         return;
     }
     const int64_t depth = block * panel_depth;
@@ -178,7 +201,7 @@ void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t 
         s.columns ? row_scales(s, depth) + first_row / s.block_cols : row_scales(s, first_row) + depth / s.block_cols;
     int64_t in_block = (s.columns ? first_row : s.first_block_row + first_row) % extent;
     for (int i = 0; i < num_rows; ++i) {
-        to.scales[i] = *scale;
+        to[i] = *scale;
         if (++in_block == extent) {
             in_block = 0;
             scale += s.columns ? 1 : s.scale_stride;
@@ -186,62 +209,37 @@ void pack_scales(const PanelSource &s, int64_t first_row, int num_rows, int64_t 
     }
 }
 
-// Panel rows are the matrix rows [first, first + num_rows), one block of the contraction.
-template <class Type, bool multiply_scales>
-void pack_row_block(const PanelSource &s, int64_t first, int num_rows, int64_t block, PanelBlock &to) {
-    const int length = smaller(s.length - block * panel_depth, panel_depth);
-    for (int i = 0; i < num_rows; ++i) {
-        const auto *next =
-            reinterpret_cast<const char *>(matrix_row<Type, false>(s, first + i).elements + (block + 1) * panel_depth);
-        for (size_t line = 0; line < panel_depth * sizeof(typename Type::Storage); line += 64)
-            __builtin_prefetch(next + line);
-        pack_row<Type, multiply_scales>(s, first + i, block * panel_depth, length, to.values[i]);
-    }
+template <class Type, bool multiply_scales, int width>
+void pack_values(const PanelSource &s, int64_t first, int64_t count, float *to) {
+    s.columns ? pack_columns<Type, multiply_scales, width>(s, first, count, to)
+              : pack_rows<Type, multiply_scales, width>(s, first, count, to);
 }
 
-struct Packing {
-    void (*row_block)(const PanelSource &, int64_t first, int num_rows, int64_t block, PanelBlock &to);
-    void (*columns)(const PanelSource &, int64_t first, int64_t num_rows, int64_t blocks, PanelBlock *panel);
-};
-
-template <class Type, bool multiply_scales>
-constexpr Packing packing = {pack_row_block<Type, multiply_scales>, pack_columns<Type, multiply_scales>};
-
-Packing packing_of(const PanelSource &s) {
+// Panel rows [first, first + count) to consecutive groups of `width`.
+template <int width> void pack_panels(const PanelSource &s, int64_t first, int64_t count, bool scaled, float *to) {
     const bool multiply_scales = s.scales && !s.keeps_scales;
     switch (s.type) {
     case ElementType::float32:
-        return packing<Float32, false>;
+        pack_values<Float32, false, width>(s, first, count, to);
+        break;
     case ElementType::bfloat16:
-        return packing<Bfloat16, false>;
+        pack_values<Bfloat16, false, width>(s, first, count, to);
+        break;
     case ElementType::e4m3:
-        return multiply_scales ? packing<Fp8<E4m3>, true> : packing<Fp8<E4m3>, false>;
+        multiply_scales ? pack_values<Fp8<E4m3>, true, width>(s, first, count, to)
+                        : pack_values<Fp8<E4m3>, false, width>(s, first, count, to);
+        break;
     default:
-        return multiply_scales ? packing<Fp8<E5m2>, true> : packing<Fp8<E5m2>, false>;
+        multiply_scales ? pack_values<Fp8<E5m2>, true, width>(s, first, count, to)
+                        : pack_values<Fp8<E5m2>, false, width>(s, first, count, to);
     }
-}
-
-// One group of matrix rows, one block of the contraction.
-void pack_block(const PanelSource &s, const Packing &of, int64_t first, int num_rows, int64_t block, PanelBlock &to) {
-    of.row_block(s, first, num_rows, block, to);
-    pack_scales(s, first, num_rows, block, to);
-    clear_rows(to, num_rows);
-}
-
-[[maybe_unused]] void pack(const PanelSource &s, int64_t first, int64_t num_rows, PanelBlock *panel) {
-    const Packing of = packing_of(s);
-    const int64_t blocks = (s.length + panel_depth - 1) / panel_depth;
-    if (s.columns)
-        of.columns(s, first, num_rows, blocks, panel);
-    for (int64_t row = 0; row < num_rows; row += panel_rows, panel += blocks) {
-        const int in_group = smaller(num_rows - row, panel_rows);
-        for (int64_t block = 0; block < blocks; ++block)
-            if (s.columns) {
-                pack_scales(s, first + row, in_group, block, panel[block]);
-                clear_rows(panel[block], in_group);
-            } else
-                pack_block(s, of, first + row, in_group, block, panel[block]);
-    }
+    if (!scaled)
+        return;
+    const PackedShape shape = packed_shape(s.length, width);
+    for (int64_t row = 0; row < count; row += width, to += shape.floats)
+        for (int64_t block = 0; block < shape.blocks; ++block)
+            pack_scales(s, first + row, smaller(count - row, width), block,
+                        to + panel_lanes * shape.lane_floats + 16 * block);
 }
 
 } // namespace
