@@ -1,0 +1,219 @@
+"""How pyroute's times grow: with T, k, E, H and I over two decades, with threads, with the load, at odd sizes.
+
+    python benches/scaling.py                       all parts
+    python benches/scaling.py --parts growth --plot docs/plots
+    python benches/scaling.py --threads 1 --record
+
+A part's points are interleaved; docs/benchmarking.md holds the rules. Plots need matplotlib: the extra "plot".
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import harness
+import numpy as np
+import records
+import report
+import scaling_cases as cases
+from compare import undisturbed as _undisturbed
+from peers import Work
+
+import pyroute
+from pyroute.bench.limits import measure_limits
+from pyroute.bench.terminal import UsageError, duration, progress, write_json
+
+undisturbed = _undisturbed
+PARTS = ("growth", "threads", "loads", "sizes")
+
+
+class Fit(NamedTuple):
+    """``start + slope * x``, never negative, of least squared relative error."""
+
+    start: float
+    slope: float
+    worst: float  # largest relative distance of a point
+
+    @classmethod
+    def of(cls, x: np.ndarray, y: np.ndarray) -> Fit:
+        candidates = []
+        for columns in ((0, 1), (0,), (1,)):
+            design = np.stack([1 / y, x / y], axis=1)[:, columns]
+            found, *_ = np.linalg.lstsq(design, np.ones(len(x)), rcond=None)
+            full = np.zeros(2)
+            full[list(columns)] = found
+            if (full >= 0).all():
+                candidates.append((float(np.sum((full[0] / y + full[1] * x / y - 1) ** 2)), full))
+        start, slope = min(candidates, key=lambda one: one[0])[1]
+        return cls(float(start), float(slope), float(np.abs((start + slope * x) / y - 1).max()))
+
+
+def measure(works: list[tuple[str, Work, int]], rounds: int) -> list[harness.Cell]:
+    """Works with their threads, interleaved."""
+    cells = []
+    for name, work, threads in works:
+        cell = harness.Cell("pyroute", pyroute.__version__, name, "")
+        cell.set_threads = lambda n, threads=threads: pyroute.set_num_threads(threads)
+        cell.set_threads(threads)
+        work.run()
+        cell.work, seconds = work, harness._time(work, 1)
+        cell.calls = max(1, int(harness.SAMPLE_SECONDS / max(seconds, 1e-7)))
+        cells.append(cell)
+    with undisturbed():
+        harness.sample(cells, 0, rounds)
+    return cells
+
+
+def line(op: str, case: str, cells: list[harness.Cell], **facts: Any) -> dict[str, Any]:
+    return {
+        "op": op,
+        "case": case,
+        "column": "pyroute",
+        "version": pyroute.__version__,
+        "points": [cell.name for cell in cells],
+        **{f"{key}_s": [cell.percentile(q) for cell in cells] for key, q in (("median", 50), ("p10", 10), ("p90", 90))},
+        "rounds": min(len(cell.samples) for cell in cells),
+        **facts,
+    }
+
+
+def growth(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    lines = []
+    for axis, points in cases.GROWTH[op].items():
+        sizes = [points[0], points[len(points) // 2], points[-1]] if args.quick else points
+        works = [(str(getattr(s, axis)), cases.BUILD[op](s), args.threads) for s in sizes]
+        cells = measure(works, args.rounds)
+        x = np.array([float(getattr(s, axis)) for s in sizes])
+        fit = Fit.of(x, np.array([cell.median for cell in cells]))
+        lines.append(line(op, f"growth with {axis}", cells, x=x.tolist(), fit=fit._asdict(), threads=args.threads))
+    return lines
+
+
+def threads(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time on one thread over n times the time on n; beside it what the memory's own rates would allow."""
+    work = cases.BUILD[op](cases.LARGE[op])
+    cells = measure([("1", work, 1), (str(args.threads), work, args.threads)], args.rounds)
+    pyroute.set_num_threads(args.threads)
+    limits = measure_limits(quick=True)
+    efficiency = cells[0].median / cells[1].median / args.threads
+    memory = (limits.copy_gbs / limits.copy_gbs_one_thread / args.threads) if limits.copy_gbs_one_thread else None
+    facts = {"efficiency": efficiency, "efficiency_of_copy": memory, "threads": args.threads}
+    return [line(op, "threads", cells, **facts)]
+
+
+def loads(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Balanced, Zipf and one-hot with the same number of rows; the loss against the balanced one."""
+    works = [(load, cases.BUILD[op](cases.LARGE[op]._replace(load=load)), args.threads) for load in cases.LOADS]
+    cells = measure(works, args.rounds)
+    loss = max(cell.median for cell in cells) / cells[0].median - 1
+    return [line(op, "loads", cells, loss=loss, threads=args.threads)]
+
+
+def sizes(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time per unit of work at an odd size over the mean of its round neighbours."""
+    lines = []
+    for axis, below, size, above in cases.ODD[op]:
+        middle = cases.MIDDLE[op]
+        three = [middle._replace(**{axis: value}) for value in (below, size, above)]
+        if axis == "E" and op in cases.WITH_WEIGHTS:  # as many rows for every expert
+            three = [s._replace(T=s.T * s.E // middle.E) for s in three]
+        names = [f"{axis}={value}" for value in (below, size, above)]
+        works = [(name, cases.BUILD[op](s), args.threads) for name, s in zip(names, three, strict=True)]
+        cells = measure(works, args.rounds)
+        per_work = [cell.median / cases.work(op, s) for cell, s in zip(cells, three, strict=True)]
+        excess = per_work[1] / ((per_work[0] + per_work[2]) / 2) - 1
+        lines.append(line(op, f"size {axis}={size}", cells, excess=excess, threads=args.threads))
+    return lines
+
+
+MEASURES: dict[str, Callable[[str, argparse.Namespace], list[dict[str, Any]]]] = {
+    "growth": growth,
+    "threads": threads,
+    "loads": loads,
+    "sizes": sizes,
+}
+
+
+def verdict(found: dict[str, Any]) -> tuple[str, str, bool | None]:
+    """What was found, the bar, whether it is met."""
+    if "fit" in found:
+        return f"worst distance from a line {found['fit']['worst']:.0%}", "<= 25%", found["fit"]["worst"] <= 0.25
+    if "efficiency" in found:
+        memory = found["efficiency_of_copy"]
+        text = f"efficiency {found['efficiency']:.2f}" + (f" (copying memory: {memory:.2f})" if memory else "")
+        return text, ">= 0.9", found["efficiency"] >= 0.9 or (memory is not None and found["efficiency"] >= memory)
+    if "loss" in found:
+        return f"loss {found['loss']:+.0%}", "<= 10%", found["loss"] <= 0.10
+    return f"{found['excess']:+.0%} against neighbours", "<= 15%", found["excess"] <= 0.15
+
+
+def show(lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    rows = []
+    for found in lines:
+        text, bar, met = verdict(found)
+        times = f"{duration(found['median_s'][0])} .. {duration(found['median_s'][-1])}"
+        points = f"{found['points'][0]} .. {found['points'][-1]}"
+        mark = report.Cell.of(*(("met", "good") if met else ("missed", "bad")))
+        rows.append([*map(report.Cell, (found["op"], found["case"], points, times, text, bar)), mark])
+    title = f"scaling, {args.threads} threads, pyroute {pyroute.__version__}"
+    report.print_table(title, ("op", "case", "points", "median", "found", "bar", ""), rows, [], "<<<<<<<")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="scaling.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--ops", default=",".join(cases.BUILD), help=f"some of {','.join(cases.BUILD)}")
+    parser.add_argument("--threads", type=int, default=0, help="threads (default: all)")
+    parser.add_argument("--rounds", type=int, default=7, help="samples a point")
+    parser.add_argument("--quick", action="store_true", help="three points an axis, one sample each")
+    parser.add_argument("--json", metavar="FILE", help="write the results, - for standard output")
+    parser.add_argument("--plot", metavar="FOLDER", help="draw scaling_<op>.png there")
+    parser.add_argument("--record", action="store_true", help="append to benches/results")
+    args = parser.parse_args(argv)
+    args.parts, args.ops = args.parts.split(","), args.ops.split(",")
+    for name, given, known in (("--parts", args.parts, PARTS), ("--ops", args.ops, tuple(cases.BUILD))):
+        if unknown := [one for one in given if one not in known]:
+            raise UsageError(f"{name}: no {', '.join(unknown)}; there are {', '.join(known)}")
+    if args.threads < 0 or args.rounds < 1:
+        raise UsageError("--threads and --rounds must be at least 1")
+    args.threads, args.rounds = args.threads or pyroute.get_num_threads(), 1 if args.quick else args.rounds
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        args = arguments(argv)
+        lines: list[dict[str, Any]] = []
+        status, facts = 0, records.common_facts()
+        todo = [(part, op) for part in args.parts for op in args.ops if part in cases.parts_of(op)]
+        with progress(len(todo)) as step:
+            for part, op in todo:
+                step(f"{part} {op}")
+                try:
+                    lines += MEASURES[part](op, args)
+                except KeyboardInterrupt:  # what was measured stays
+                    status = 130
+                    break
+                gc.collect()
+        if args.json:
+            write_json({**facts, "lines": lines}, args.json)
+        if args.json != "-":
+            show(lines, args)
+        if args.record and lines:
+            records.append(lines, {**facts, "threads": args.threads})
+        if args.plot:
+            from scaling_plots import draw
+
+            draw(lines, args.plot)
+        return status
+    except UsageError as error:
+        print(f"scaling.py: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
