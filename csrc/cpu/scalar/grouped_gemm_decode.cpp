@@ -23,6 +23,9 @@ struct Block {
     float undo, restore; // see Shifted
     const char *next;
     alignas(64) float x[decode_rows][panel_depth];
+#if defined(__AVX512VBMI__)
+    alignas(64) float x_twice[decode_rows][2 * panel_depth]; // every step beside itself
+#endif
     float x_scales[decode_rows];
     float y_scales[decode_totals];
     alignas(64) float totals[decode_totals][lanes];
