@@ -1,4 +1,4 @@
-#include "bindings/arrays.h"
+#include "bindings/memory.h"
 
 #include "cpu/gating.h"
 
@@ -31,7 +31,7 @@ Renormalize renormalize_of(const std::string &name) {
 }
 
 // From the tuple that pyroute._gating_contract.core_router makes; kernels rely on what is checked here.
-Router router_of(const py::tuple &fields) {
+Router parsed_router(const py::tuple &fields) {
     if (fields.size() != 10)
         refuse("router must have 10 fields");
     Router r;
@@ -54,6 +54,19 @@ Router router_of(const py::tuple &fields) {
     if (r.topk_groups * size < r.top_k || r.group_topn < 1 || r.group_topn > size)
         refuse("router has groups that are too small");
     return r;
+}
+
+// Of the tuple that this thread saw last, which a config keeps as long as it lives, the router is still here.
+Router router_of(const py::tuple &fields) {
+    thread_local PyObject *last = nullptr; // owned, so that no other tuple can come to its address
+    thread_local Router router;
+    if (fields.ptr() != last) {
+        const Router parsed = parsed_router(fields);
+        Py_INCREF(fields.ptr());
+        Py_XDECREF(std::exchange(last, fields.ptr()));
+        router = parsed;
+    }
+    return router;
 }
 
 // `logits` [T, E] of the named type.
@@ -118,7 +131,7 @@ void topk_gating(const py::tuple &fields, const py::array &logits, const std::st
     args.topk_idx = output<int32_t>(topk_idx, "topk_idx", {tokens, top_k});
     args.topk_weights = scalar_output(topk_weights, "topk_weights", args.logits, {tokens, top_k});
     args.tokens_per_expert = output<int32_t>(tokens_per_expert, "tokens_per_expert", {args.router.num_experts});
-    py::gil_scoped_release release;
+    const ReleaseGil release(tokens * args.router.num_experts * 2);
     cpu::topk_gating(args);
 }
 

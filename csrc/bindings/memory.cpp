@@ -1,6 +1,6 @@
 // NumPy arrays in memory that is handed out again (cpu/memory.h). NumPy takes its memory from a handler (NEP 49) that
 // each array remembers: an array made here owns its data, may be resized, and gives its block back when it goes.
-#include "bindings/arrays.h"
+#include "bindings/memory.h"
 
 #include <cstring>
 
@@ -78,26 +78,8 @@ size_t bytes_of(const Py_ssize_t *shape, Py_ssize_t axes, size_t item_size) {
     return bytes;
 }
 
-// empty(shape, dtype): numpy.empty, for a tuple or list of integers and anything that is a dtype.
-PyObject *empty(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (count != 2 || !(PyTuple_CheckExact(args[0]) || PyList_CheckExact(args[0]))) {
-        PyErr_SetString(PyExc_TypeError, "_core: empty takes a tuple or list of extents and a dtype");
-        return nullptr;
-    }
-    const Py_ssize_t axes = PySequence_Fast_GET_SIZE(args[0]);
-    Py_ssize_t shape[most_axes];
-    if (axes > most_axes) {
-        PyErr_SetString(PyExc_ValueError, "_core: empty takes at most 32 axes");
-        return nullptr;
-    }
-    for (Py_ssize_t i = 0; i < axes; ++i) {
-        shape[i] = PyNumber_AsSsize_t(PySequence_Fast_GET_ITEM(args[0], i), PyExc_OverflowError);
-        if (shape[i] == -1 && PyErr_Occurred())
-            return nullptr;
-    }
-    PyObject *descr = nullptr; // new_from_descr takes the reference
-    if (!numpy->to_descr(args[1], &descr))
-        return nullptr;
+// The array, or null with an exception set; takes the reference to `descr`.
+PyObject *array_of_descr(PyObject *descr, Py_ssize_t axes, const Py_ssize_t *shape) {
     const auto item_size = static_cast<size_t>(py::reinterpret_borrow<py::dtype>(descr).itemsize());
     const bool pooled = bytes_of(shape, axes, item_size) >= cpu::smallest_kept_block &&
                         (py::reinterpret_borrow<py::dtype>(descr).flags() & 1) == 0; // no Python objects
@@ -118,12 +100,41 @@ PyObject *empty(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return array;
 }
 
+// empty(shape, dtype): numpy.empty, for a tuple or list of integers and anything that is a dtype.
+PyObject *empty(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (count != 2 || !(PyTuple_CheckExact(args[0]) || PyList_CheckExact(args[0]))) {
+        PyErr_SetString(PyExc_TypeError, "_core: empty takes a tuple or list of extents and a dtype");
+        return nullptr;
+    }
+    const Py_ssize_t axes = PySequence_Fast_GET_SIZE(args[0]);
+    Py_ssize_t shape[most_axes];
+    if (axes > most_axes) {
+        PyErr_SetString(PyExc_ValueError, "_core: empty takes at most 32 axes");
+        return nullptr;
+    }
+    for (Py_ssize_t i = 0; i < axes; ++i) {
+        shape[i] = PyNumber_AsSsize_t(PySequence_Fast_GET_ITEM(args[0], i), PyExc_OverflowError);
+        if (shape[i] == -1 && PyErr_Occurred())
+            return nullptr;
+    }
+    PyObject *descr = nullptr; // new_from_descr takes the reference
+    if (!numpy->to_descr(args[1], &descr))
+        return nullptr;
+    return array_of_descr(descr, axes, shape);
+}
 PyMethodDef methods[] = {
     {"empty", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(empty)), METH_FASTCALL, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };
 
 } // namespace
+
+py::array empty_array(const py::dtype &type, const std::vector<py::ssize_t> &shape) {
+    PyObject *const array = array_of_descr(type.inc_ref().ptr(), static_cast<Py_ssize_t>(shape.size()), shape.data());
+    if (!array)
+        throw py::error_already_set();
+    return py::reinterpret_steal<py::array>(array);
+}
 
 void bind_memory(py::module_ &module) {
     if (!numpy)

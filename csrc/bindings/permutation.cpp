@@ -1,4 +1,4 @@
-#include "bindings/arrays.h"
+#include "bindings/memory.h"
 
 #include "cpu/permutation.h"
 #include "cpu/route_plan.h"
@@ -40,21 +40,24 @@ void check_weight_type(const py::array &array, const char *name, FloatType rows)
 template <class Id> py::tuple plan_routes_of(const py::array &topk_idx, int64_t num_experts, int64_t alignment) {
     const int64_t num_tokens = topk_idx.shape(0), top_k = topk_idx.shape(1);
     const Id *ids = input<Id>(topk_idx, "topk_idx", {num_tokens, top_k});
-    py::array_t<int32_t> tokens_per_expert(num_experts);
-    py::array_t<int64_t> expert_offsets(num_experts + 1);
-    py::array_t<int32_t> token_to_row({num_tokens, top_k});
-    int32_t *counts = tokens_per_expert.mutable_data();
-    int64_t *offsets = expert_offsets.mutable_data();
+    const py::dtype int32 = py::dtype::of<int32_t>();
+    py::array tokens_per_expert = empty_array(int32, {num_experts});
+    py::array expert_offsets = empty_array(py::dtype::of<int64_t>(), {num_experts + 1});
+    py::array token_to_row = empty_array(int32, {num_tokens, top_k});
+    auto *counts = static_cast<int32_t *>(tokens_per_expert.mutable_data());
+    auto *offsets = static_cast<int64_t *>(expert_offsets.mutable_data());
+    const int64_t nanoseconds = num_tokens * top_k + num_experts;
     cpu::RoutePlanner<Id> planner(ids, num_tokens, top_k, num_experts, alignment);
     int64_t num_rows = 0;
     {
-        py::gil_scoped_release release;
+        const ReleaseGil release(nanoseconds);
         num_rows = planner.count(counts, offsets);
     }
-    py::array_t<int32_t> row_to_token(num_rows);
-    int32_t *tokens = row_to_token.mutable_data(), *rows = token_to_row.mutable_data();
+    py::array row_to_token = empty_array(int32, {num_rows});
+    auto *tokens = static_cast<int32_t *>(row_to_token.mutable_data());
+    auto *rows = static_cast<int32_t *>(token_to_row.mutable_data());
     {
-        py::gil_scoped_release release;
+        const ReleaseGil release(nanoseconds + num_rows);
         planner.place(tokens, rows);
     }
     return py::make_tuple(tokens_per_expert, expert_offsets, row_to_token, token_to_row);
@@ -78,7 +81,7 @@ void permute(const py::array &x, const py::array &row_to_token, const py::array 
     if (rows.itemsize() != x.itemsize())
         throw std::invalid_argument("_core: rows must have the item size of x");
     args.rows = static_cast<uint8_t *>(bytes_output(rows, "rows", 1, {args.maps.num_rows, hidden}));
-    py::gil_scoped_release release;
+    const ReleaseGil release((args.maps.num_rows + args.maps.num_tokens) * (args.row_bytes / 16 + 4));
     cpu::permute(args);
 }
 
@@ -114,7 +117,7 @@ void unpermute(const py::array &rows, const py::array &row_to_token, const py::a
     }
     check_same_type(out, "out", args.type);
     args.out = float_output(out, "out", {args.maps.num_tokens, args.hidden});
-    py::gil_scoped_release release;
+    const ReleaseGil release((args.maps.num_rows + args.maps.num_tokens) * (args.hidden / 4 + 4));
     cpu::unpermute(args);
 }
 
