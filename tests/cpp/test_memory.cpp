@@ -79,6 +79,11 @@ void the_limit_holds() {
         give_block(blocks[i]);
     give_block(take_block(4 * MiB)); // more than may be kept
     CHECK(memory_info().kept <= 3 * MiB);
+    release_memory();
+    void *const sizes[] = {take_block(MiB), take_block(2 * MiB), take_block(MiB + MiB / 4)};
+    for (void *block : sizes) // over the limit with the last one: the first two go, whatever their size
+        give_block(block);
+    CHECK(memory_info().kept == MiB + MiB / 4);
     set_memory_limit(0);
     CHECK(memory_info().kept == 0);
     give_block(take_block(MiB));
@@ -138,6 +143,7 @@ void a_child_starts_anew() {
     auto *const mine = static_cast<unsigned char *>(take_block(MiB));
     mine[7] = 7;
     give_block(take_block(2 * MiB));
+    give_block(take_block(3 * MiB));
     const int64_t kept = memory_info().kept;
     in_child([&] {
         auto *const block = static_cast<unsigned char *>(take_block(2 * MiB));
