@@ -9,8 +9,21 @@
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
-PYROUTE_INLINE i32x8 min_lanes(const i32x8 &a, const i32x8 &b) { return select(less(a, b), a, b); }
-PYROUTE_INLINE i32x8 max_lanes(const i32x8 &a, const i32x8 &b) { return select(less(a, b), b, a); }
+// GCC 12 makes a comparison and a masked move of the choice on AVX-512, where one instruction does it.
+PYROUTE_INLINE i32x8 min_lanes(const i32x8 &a, const i32x8 &b) {
+#if defined(__AVX2__)
+    return bit_cast<i32x8>(_mm256_min_epi32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+    return select(less(a, b), a, b);
+#endif
+}
+PYROUTE_INLINE i32x8 max_lanes(const i32x8 &a, const i32x8 &b) {
+#if defined(__AVX2__)
+    return bit_cast<i32x8>(_mm256_max_epi32(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#else
+    return select(less(a, b), b, a);
+#endif
+}
 
 // Code of a magnitude (float32 bits without sign, finite or not) in a format with M mantissa bits and the smallest
 // normal value 2^min_exponent. Magnitudes above `largest_bits` count as that; NaN and infinity too.

@@ -1,6 +1,7 @@
 // The 8- and 16-bit conversions of every instruction set against the definition: the nearer of the two neighbours in a
 // table of all values, the even one of two equally near. float32 patterns are taken in steps of 4099, a prime; with
 // PYROUTE_FULL_SWEEP in the environment all 2^32 are.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -17,6 +18,9 @@ using namespace pyroute::cpu;
     namespace pyroute::cpu::isa {                                                                                      \
     void encode_e4m3(const float *, uint8_t *);                                                                        \
     void encode_e5m2(const float *, uint8_t *);                                                                        \
+    void encode_run_e4m3(const float *, int64_t, uint8_t *);                                                           \
+    void encode_run_e5m2(const float *, int64_t, uint8_t *);                                                           \
+    void encode_run_bf16(const uint16_t *, int64_t, uint8_t *);                                                        \
     void decode_e4m3(const uint8_t *, float *);                                                                        \
     void decode_e5m2(const uint8_t *, float *);                                                                        \
     void decode32_e4m3(const uint8_t *, float *);                                                                      \
@@ -119,6 +123,54 @@ template <class Code> void check_encode(const Format &f, void (*encode)(const fl
     }
 }
 
+// Runs of values that the largest finite code bounds, every length of tail.
+void check_encode_run(const Format &f, float largest, void (*encode)(const float *, int64_t, uint8_t *)) {
+    const std::vector<double> values = table(f);
+    const uint64_t step = std::getenv("PYROUTE_FULL_SWEEP") ? 1 : 4099;
+    float x[192] = {};
+    uint8_t codes[192];
+    int64_t filled = 0, n = 65;
+    const auto check = [&] {
+        encode(x, filled, codes);
+        for (int64_t i = 0; i < filled; ++i)
+            CHECK(codes[i] == nearest(f, values, x[i]));
+        filled = 0;
+        n = n < 192 ? n + 1 : 1;
+    };
+    const auto add = [&](float value) {
+        x[filled++] = value;
+        if (filled == n)
+            check();
+    };
+    for (uint64_t bits = 0; bits < (1ull << 32); bits += step)
+        if (const float value = float_of(bits); std::fabs(value) <= largest)
+            add(value);
+    for (uint32_t code = 0; code < f.max_code; ++code) // every value, every tie, and the neighbours of both
+        for (float sign : {1.0f, -1.0f}) {
+            const auto value = static_cast<float>(values[code]);
+            const auto tie = static_cast<float>((values[code] + values[code + 1]) / 2);
+            for (float near : {value, tie, std::nextafter(tie, 0.0f), std::nextafter(tie, 1e30f)})
+                add(sign * near);
+        }
+    check();
+}
+
+// Every finite bfloat16 that e4m3 holds.
+void check_encode_run_bf16(void (*encode)(const uint16_t *, int64_t, uint8_t *)) {
+    const std::vector<double> values = table(e4m3);
+    std::vector<uint16_t> x;
+    for (uint32_t bits = 0; bits < 0x10000; ++bits)
+        if (std::fabs(float_of(bits << 16)) <= 448.0f)
+            x.push_back(static_cast<uint16_t>(bits));
+    std::vector<uint8_t> codes(128);
+    for (size_t first = 0; first < x.size(); first += 111) {
+        const size_t count = std::min<size_t>(111, x.size() - first);
+        encode(x.data() + first, static_cast<int64_t>(count), codes.data());
+        for (size_t i = 0; i < count; ++i)
+            CHECK(codes[i] == nearest(e4m3, values, float_of(static_cast<uint64_t>(x[first + i]) << 16)));
+    }
+}
+
 // `decode` converts `count` codes at a time.
 template <class Code, uint32_t count = 8> void check_decode(const Format &f, void (*decode)(const Code *, float *)) {
     const std::vector<double> values = table(f);
@@ -147,6 +199,9 @@ template <class Code, uint32_t count = 8> void check_decode(const Format &f, voi
         check_encode<uint8_t>(e4m3, isa::encode_e4m3);                                                                 \
         check_encode<uint8_t>(e5m2, isa::encode_e5m2);                                                                 \
         check_encode<uint16_t>(f16, isa::encode_f16);                                                                  \
+        check_encode_run(e4m3, 448.0f, isa::encode_run_e4m3);                                                          \
+        check_encode_run(e5m2, 57344.0f, isa::encode_run_e5m2);                                                        \
+        check_encode_run_bf16(isa::encode_run_bf16);                                                                   \
         check_decode<uint8_t>(e4m3, isa::decode_e4m3);                                                                 \
         check_decode<uint8_t>(e5m2, isa::decode_e5m2);                                                                 \
         check_decode<uint8_t, 32>(e4m3, isa::decode32_e4m3);                                                           \
