@@ -39,6 +39,7 @@ struct UnpermuteArgs {
     const void *rows;         // [num_rows, hidden]
     const void *topk_weights; // [num_tokens, top_k], float64 for float64 rows, else float32; or null
     void *out;                // [num_tokens, hidden]
+    bool streaming;           // set by the driver: the output is too large to stay in the caches
 };
 
 struct UnpermuteBackwardArgs {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 
 #include "cpu/quantization.h"
@@ -47,34 +48,29 @@ void zero_padding(const RouteMaps &maps, void *rows, int64_t row_bytes) {
     });
 }
 
-// The row of a token's first routed slot, -1 if it has none.
-int64_t first_row(const RouteMaps &maps, int64_t token) {
-    for (int64_t slot = token * maps.top_k; slot < (token + 1) * maps.top_k; ++slot)
-        if (maps.token_to_row[slot] >= 0)
-            return maps.token_to_row[slot];
-    return -1;
+bool is_routed(const RouteMaps &maps, int64_t token) {
+    const int32_t *rows = maps.token_to_row + token * maps.top_k;
+    return std::any_of(rows, rows + maps.top_k, [](int32_t row) { return row >= 0; });
 }
 
-// Rows that a reader right after would not find in a last-level cache anyway.
-bool pass_the_caches(const RouteMaps &maps, int64_t row_bytes) { return maps.num_rows * row_bytes > 8 << 20; }
-
-SpreadArgs spread_args(const RouteMaps &maps, const uint8_t *x, uint8_t *rows, int64_t row_bytes) {
-    return {maps.top_k, maps.token_to_row, row_bytes, x, rows, pass_the_caches(maps, row_bytes)};
-}
+// What a reader right after would not find in a last-level cache anyway.
+bool pass_the_caches(int64_t bytes) { return bytes > 8 << 20; }
 
 } // namespace
 
 void permute(const PermuteArgs &args) {
     check_slots(args.maps);
     zero_padding(args.maps, args.rows, args.row_bytes);
-    const SpreadArgs rows = spread_args(args.maps, args.x, args.rows, args.row_bytes);
-    parallel_ranges(args.maps.num_tokens, grain(args.row_bytes * (args.maps.top_k + 1)),
+    const RouteMaps &maps = args.maps;
+    const SpreadArgs rows = {maps.top_k, maps.token_to_row, args.row_bytes,
+                             args.x,     args.rows,         pass_the_caches(maps.num_rows * args.row_bytes)};
+    parallel_ranges(maps.num_tokens, grain(args.row_bytes * (maps.top_k + 1)),
                     [&](int64_t begin, int64_t end) { current_permutation_kernels().spread(rows, begin, end); });
 }
 
-// A token is quantised once, into the first of its rows, and copied from there while it is in cache.
+// A few tokens are quantised into a buffer that stays in cache and copied from there to their rows.
 void permute_quantize(const PermuteQuantizeArgs &args) {
-    constexpr int64_t run = 8; // tokens between the two steps: 57 KiB of codes at hidden = 7168
+    constexpr int64_t run = 8; // tokens: 56 KiB of codes at hidden = 7168
     check_slots(args.maps);
     const int64_t hidden = args.hidden, top_k = args.maps.top_k, size = item_size(args.x_type);
     const int64_t row_scales = hidden / args.block_cols + (hidden % args.block_cols != 0);
@@ -86,27 +82,34 @@ void permute_quantize(const PermuteQuantizeArgs &args) {
     const auto quantize =
         current_quantization_kernels().quantize[static_cast<int>(args.x_type)][static_cast<int>(Fp8Format::e4m3)];
     const auto spread = current_permutation_kernels().spread;
-    const SpreadArgs codes = spread_args(args.maps, nullptr, args.codes, hidden);
-    const SpreadArgs scales = spread_args(args.maps, nullptr, reinterpret_cast<uint8_t *>(args.scales), scale_bytes);
+    const bool streaming = pass_the_caches(args.maps.num_rows * hidden);
     const auto *x = static_cast<const uint8_t *>(args.x);
     parallel_ranges(args.maps.num_tokens, grain(hidden * (size + top_k)), [&](int64_t begin, int64_t end) {
+        const auto tokens = static_cast<size_t>(std::min(run, end - begin));
+        const std::unique_ptr<uint8_t[]> codes(new uint8_t[tokens * static_cast<size_t>(hidden)]);
+        const std::unique_ptr<float[]> scales(new float[tokens * static_cast<size_t>(row_scales)]);
         for (int64_t first = begin; first < end; first += run) {
-            const int64_t last = std::min(first + run, end);
-            for (int64_t token = first; token < last; ++token)
-                if (const int64_t row = first_row(args.maps, token); row >= 0)
-                    quantize({x + token * hidden * size, 1, hidden, args.block_cols, args.power_of_two,
-                              args.codes + row * hidden, args.scales + row * row_scales});
-            spread(codes, first, last);
-            spread(scales, first, last);
+            const int64_t count = std::min(run, end - first);
+            for (int64_t i = 0; i < count; ++i)
+                if (is_routed(args.maps, first + i))
+                    quantize({x + (first + i) * hidden * size, 1, hidden, args.block_cols, args.power_of_two,
+                              codes.get() + i * hidden, scales.get() + i * row_scales});
+            const int32_t *to_row = args.maps.token_to_row + first * top_k;
+            spread({top_k, to_row, hidden, codes.get(), args.codes, streaming}, 0, count);
+            spread({top_k, to_row, scale_bytes, reinterpret_cast<const uint8_t *>(scales.get()),
+                    reinterpret_cast<uint8_t *>(args.scales), false},
+                   0, count);
         }
     });
 }
 
-void unpermute(const UnpermuteArgs &args) {
+void unpermute(const UnpermuteArgs &given) {
+    UnpermuteArgs args = given;
     check_slots(args.maps);
     const auto kernel = current_permutation_kernels().unpermute[static_cast<int>(args.type)];
-    const int64_t token_bytes = args.hidden * item_size(args.type) * (args.maps.top_k + 1);
-    parallel_ranges(args.maps.num_tokens, grain(token_bytes),
+    const int64_t row_bytes = args.hidden * item_size(args.type);
+    args.streaming = pass_the_caches(args.maps.num_tokens * row_bytes);
+    parallel_ranges(args.maps.num_tokens, grain(row_bytes * (args.maps.top_k + 1)),
                     [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
@@ -114,7 +117,7 @@ void unpermute_backward(const UnpermuteBackwardArgs &given) {
     UnpermuteBackwardArgs args = given;
     check_slots(args.maps);
     const int64_t row_bytes = args.hidden * item_size(args.type);
-    args.streaming = pass_the_caches(args.maps, row_bytes);
+    args.streaming = pass_the_caches(args.maps.num_rows * row_bytes);
     zero_padding(args.maps, args.grad_rows, row_bytes);
     const auto kernel = current_permutation_kernels().unpermute_backward[static_cast<int>(args.type)];
     parallel_ranges(args.maps.num_tokens, grain(row_bytes * (2 * args.maps.top_k + 1)),

@@ -10,7 +10,7 @@ struct SpreadArgs {
     int64_t top_k;
     const int32_t *token_to_row; // [num_tokens, top_k]
     int64_t row_bytes;
-    const uint8_t *x; // [num_tokens, row_bytes]; null: the token's first row is there, copy it to the others
+    const uint8_t *x; // [num_tokens, row_bytes]
     uint8_t *rows;    // [num_rows, row_bytes]
     bool streaming;   // past the caches: the rows are too many to stay in them
 };

@@ -211,10 +211,17 @@ struct Sums {
 
 void unpermute(Random &random, const RouteMaps &maps, const Sums &s) {
     const bool weighted = random.one_in(2);
-    UnpermuteArgs args{maps, s.hidden, s.type, s.rows.get(), weighted ? s.weights.get() : nullptr, nullptr};
+    UnpermuteArgs args{maps, s.hidden, s.type, s.rows.get(), weighted ? s.weights.get() : nullptr, nullptr, false};
     const Outputs out = same_everywhere(random, [&](Outputs &to) {
         args.out = to.poisoned_items(maps.num_tokens * s.hidden, item_bytes(s.type));
         cpu::unpermute(args);
+    });
+    for_each_isa([&](cpu::Isa) { // the stores that the driver takes for an output past the caches
+        Outputs streamed(0, s.skip);
+        args.out = streamed.poisoned_items(maps.num_tokens * s.hidden, item_bytes(s.type));
+        args.streaming = true;
+        cpu::current_permutation_kernels().unpermute[static_cast<int>(s.type)](args, 0, maps.num_tokens);
+        streamed.check_equal(out, "streaming stores against plain ones");
     });
     Bytes other_padding(s.rows.size); // what lies in a row that no slot names does not matter
     std::memcpy(other_padding.get(), s.rows.get(), s.rows.bytes());
