@@ -514,3 +514,48 @@ def test_the_gating_unpacks_as_a_triple(floor, rng):
     assert weights is gating.topk_weights
     assert counts is gating.tokens_per_expert
     assert isinstance(gating, pyroute.Gating)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 6, 8, 9, 16, 17, 32, 33])
+@pytest.mark.parametrize("num_experts", [2, 7, 8, 16, 60, 100, 384, 1024])
+def test_choices_are_a_stable_sort_whatever_the_shortlist(cpu_floor, rng, num_experts, top_k):
+    """Ties beyond the shortlist's room, sorted rows, rows that are mostly -inf, rows with NaN: ids of a stable sort."""
+    top_k = min(top_k, num_experts)
+    rows = rng.normal(0, 3, (20, num_experts)).astype(np.float32)
+    rows[1] = 0.0
+    rows[2] = rng.integers(0, 2, num_experts)
+    rows[3] = np.arange(num_experts)
+    rows[4] = -np.arange(num_experts)
+    rows[5, 1:] = -np.inf
+    rows[6] = np.where(rng.random(num_experts) < 0.9, -np.inf, rows[6])
+    rows[7] = rng.integers(-1, 2, num_experts) * np.float32(0.0)  # zeros of both signs
+    rows[8, rng.integers(num_experts)] = np.nan
+    rows[9] = 200 * rows[9]  # exponentials that underflow
+    for bias in (None, np.zeros(num_experts, np.float32), np.linspace(0, 1, num_experts, dtype=np.float32)):
+        for score in ("softmax", "sigmoid", "sqrtsoftplus"):
+            config = RouterConfig(num_experts, top_k, score, renormalize="sum")
+            ours = run(cpu_floor, rows, config, bias=bias)
+            for got, expected in zip(ours, topk_gating(rows, config, bias=bias, backend="numpy"), strict=True):
+                assert_same_bytes(got, expected)
+    expected = np.argsort(-rows, axis=1, kind="stable")[:, :top_k]  # NaN last
+    assert (run(cpu_floor, rows, RouterConfig(num_experts, top_k)).topk_idx == expected).all()
+
+
+@pytest.mark.parametrize(("num_groups", "size"), [(2, 1), (3, 7), (8, 20), (9, 8), (17, 3), (64, 5), (65, 4)])
+@pytest.mark.parametrize("bias", [0.0, 0.5, -np.inf])
+def test_groups_of_any_number_and_size(cpu_floor, rng, num_groups, size, bias):
+    num_experts = num_groups * size
+    rows = rng.normal(0, 2, (24, num_experts)).astype(np.float32)
+    rows[3::5] = rng.integers(-1, 2, rows[3::5].shape)  # tied groups
+    rows[4] = -np.inf
+    b = np.where(rng.random(num_experts) < 0.3, bias, 0).astype(np.float32) if bias else None
+    for group_score in ("max", "top2_sum")[: 1 if size == 1 else 2]:
+        for topk_groups in {1, (num_groups + 1) // 2, num_groups}:
+            top_k = min(8, topk_groups * size)
+            for score in ("softmax", "sigmoid"):
+                config = RouterConfig(
+                    num_experts, top_k, score, num_groups=num_groups, topk_groups=topk_groups, group_score=group_score
+                )
+                ours = run(cpu_floor, rows, config, bias=b)
+                for got, expected in zip(ours, topk_gating(rows, config, bias=b, backend="numpy"), strict=True):
+                    assert_same_bytes(got, expected)

@@ -41,8 +41,9 @@ void expert_choice(const ExpertChoiceArgs &args) {
         kernels.expert_choice_keys(args, begin, end, scratch);
     });
     parallel_chunks(args.logits.num_experts, 1, [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<int64_t[]> heap(new int64_t[static_cast<size_t>(args.capacity)]);
-        kernels.expert_choice(args, begin, end, heap.get());
+        const auto row = static_cast<size_t>((args.num_real + 31) / 32 * 32);
+        const std::unique_ptr<double[]> scratch(new double[row * choose_scratch_rows]);
+        kernels.expert_choice(args, begin, end, scratch.get());
     });
 }
 

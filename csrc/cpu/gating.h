@@ -11,14 +11,15 @@ void topk_gating_backward(const GatingBackwardArgs &args);
 void gating_loss_terms(const LossTermsArgs &args);
 void expert_choice(const ExpertChoiceArgs &args);
 
-// Scratch memory of one thread: at most 16 rows of E numbers, each padded to a multiple of 32.
-constexpr int64_t gating_scratch_rows = 16;
+// Scratch memory of one thread: at most 16 rows of E numbers, each padded to a multiple of 32; to choose tokens, 3 rows
+// of R numbers, each padded to a multiple of 32.
+constexpr int64_t gating_scratch_rows = 16, choose_scratch_rows = 3;
 
 // Kernels take tokens (choose: experts) [begin, end) and the scratch memory of their thread.
 struct GatingKernels {
     void (*forward)(const GatingArgs &args, int64_t begin, int64_t end, void *scratch);
     void (*expert_choice_keys)(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *scratch); // real tokens
-    void (*expert_choice)(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *heap); // experts, C keys
+    void (*expert_choice)(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *scratch);      // experts
 };
 
 struct GatingBackwardKernels {

@@ -11,6 +11,8 @@
 
 #include "cpu/scalar/gating_choice.h"
 #include "cpu/scalar/gating_groups.h"
+#include "cpu/scalar/gating_scores.h"
+#include "cpu/scalar/gating_small.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
@@ -20,7 +22,7 @@ template <class Scalar> struct ForwardRows {
     using Key = typename Lane<Scalar>::Int;
     Scalar *logits, *scores, *bias, *ranked, *chosen, *weights, *candidates;
     Key *keys, *score_keys, *group_keys; // what ranks experts, experts inside groups without a bias, groups
-    Key *heap_keys;
+    SortBuffer<Key> sort;
     int32_t *group_ids, *kept; // kept[g]: may the token take experts of group g
     bool bias_is_finite = true;
 
@@ -28,13 +30,14 @@ template <class Scalar> struct ForwardRows {
         Scratch scratch{static_cast<char *>(workspace)};
         const int64_t row = padded(num_experts);
         Scalar **const values[] = {&logits, &scores, &bias, &ranked, &chosen, &weights};
-        Key **const ordered[] = {&keys, &score_keys, &group_keys, &heap_keys};
+        Key **const ordered[] = {&keys, &score_keys, &group_keys};
         for (Scalar **array : values)
             *array = take<Scalar>(scratch, row);
         for (Key **array : ordered)
             *array = take<Key>(scratch, row);
         group_ids = take<int32_t>(scratch, row);
         kept = take<int32_t>(scratch, row);
+        sort = take_sort_buffer<Key>(scratch, row);
         candidates = take<Scalar>(scratch, row + row_block);
         memset(chosen, 0, static_cast<size_t>(row) * sizeof(Scalar));
     }
@@ -66,7 +69,7 @@ PYROUTE_INLINE typename Lane<Scalar>::Int group_key(const typename Lane<Scalar>:
             return top.first;
         score = value_of_key<Scalar>(top.first) + value_of_key<Scalar>(top.second);
     } else {
-        best_positions<Keys>(keys, {1, size, nullptr}, n, rows.group_ids, rows.heap_keys);
+        best_positions<Keys>(keys, {1, size, nullptr}, n, rows.group_ids, rows.sort);
         score = value_of_key<Scalar>(keys[rows.group_ids[0]]);
         for (int64_t i = 1; i < n; ++i)
             score += value_of_key<Scalar>(keys[rows.group_ids[i]]);
@@ -84,7 +87,7 @@ PYROUTE_INLINE void keep_groups(const Router &router, const typename Lane<Scalar
         rows.kept[g] = 0;
     }
     best_positions<typename Lane<Wide<Scalar>>::Int>(rows.group_keys, {1, router.num_groups, nullptr},
-                                                     router.topk_groups, rows.group_ids, rows.heap_keys);
+                                                     router.topk_groups, rows.group_ids, rows.sort);
     for (int64_t i = 0; i < router.topk_groups; ++i)
         rows.kept[rows.group_ids[i]] = 1;
 }
@@ -96,17 +99,19 @@ __attribute__((noinline)) void choose_any(const Router &router, bool biased, con
     using V = Wide<Scalar>;
     const int64_t num_experts = router.num_experts, num_groups = router.num_groups;
     if (biased)
-        keys_of_row<Scalar>(rows.keys, num_experts,
-                            [&](int64_t i) { return load<V>(rows.scores + i) + load<V>(rows.bias + i); });
+        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t i) PYROUTE_INLINED {
+            return load<V>(rows.scores + i) + load<V>(rows.bias + i);
+        });
     else
-        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t i) { return load<V>(z + i); });
+        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t i) PYROUTE_INLINED { return load<V>(z + i); });
     if (num_groups > 1) {
         if (!biased)
-            keys_of_row<Scalar>(rows.score_keys, num_experts, [&](int64_t i) { return load<V>(rows.scores + i); });
+            keys_of_row<Scalar>(rows.score_keys, num_experts,
+                                [&](int64_t i) PYROUTE_INLINED { return load<V>(rows.scores + i); });
         keep_groups(router, biased ? rows.keys : rows.score_keys, rows);
     }
     const Candidates candidates{num_groups, num_experts / num_groups, num_groups > 1 ? rows.kept : nullptr};
-    best_positions<typename Lane<V>::Int>(rows.keys, candidates, router.top_k, ids, rows.heap_keys);
+    best_positions<typename Lane<V>::Int>(rows.keys, candidates, router.top_k, ids, rows.sort);
 }
 
 // The same for values without NaN; false if it takes choose_any.
@@ -158,6 +163,13 @@ PYROUTE_INLINE void finish_weights(const Router &router, const int32_t *ids, Sca
         weights[j] = ids[j] >= 0 ? values[j] : Scalar(0);
 }
 
+template <class Program, class Scalar, class Keep>
+PYROUTE_INLINE bool score_and_rank_row(const Scalar *z, int64_t count, Keep keep) {
+    return map_row<Program>(z, count, [&](int64_t i, const auto &pack, const auto &e, auto range) PYROUTE_INLINED {
+        keep(i, score_of<Program>(pack, e, range));
+    });
+}
+
 // The scores that choosing needs, and in rows.ranked score + bias; returns whether none of them is NaN. `divisor` is
 // what rows.scores has still to be divided by.
 template <class Scalar>
@@ -165,10 +177,10 @@ PYROUTE_INLINE bool score_token(const Router &router, bool biased, bool all_scor
                                 const ForwardRows<Scalar> &rows, Scalar &divisor) {
     using V = Wide<Scalar>;
     const int64_t num_experts = router.num_experts;
-    const auto keep = [&](int64_t i, auto, const V &score) {
-        store(rows.scores + i, score);
+    const auto keep = [&](int64_t i, const auto &score) PYROUTE_INLINED {
+        store_pack(rows.scores + i, score);
         if (biased)
-            store(rows.ranked + i, score + load<V>(rows.bias + i));
+            store_pack(rows.ranked + i, score + load_pack_like(score, rows.bias + i));
     };
     bool ordered;
     if (router.score == Score::softmax && (all_scores || !router.post)) {
@@ -178,15 +190,14 @@ PYROUTE_INLINE bool score_token(const Router &router, bool biased, bool all_scor
         if (!all_scores)
             return ordered;
         for (int64_t i = 0; i < num_experts; i += Lane<V>::width)
-            keep(i, 0, load<V>(rows.scores + i) / divisor);
+            keep(i, Pack<V, 1>{{load<V>(rows.scores + i) / divisor}});
         divisor = 1;
     } else if (!all_scores) {
         return !has_nan(z, num_experts);
     } else if (router.score == Score::sigmoid) {
-        ordered = !map_row<Sigmoid>(z, num_experts, [&](int64_t i, auto v, const auto &r) { keep(i, v, r.score); });
+        ordered = !score_and_rank_row<Sigmoid>(z, num_experts, keep);
     } else {
-        ordered =
-            !map_row<Sqrtsoftplus>(z, num_experts, [&](int64_t i, auto v, const auto &r) { keep(i, v, r.score); });
+        ordered = !score_and_rank_row<Sqrtsoftplus>(z, num_experts, keep);
     }
     if (biased)
         fill_row(rows.ranked, num_experts, -WideOf<Scalar>::infinity);
@@ -218,12 +229,11 @@ PYROUTE_INLINE void gate_token(const GatingArgs &args, const ForwardRows<Scalar>
     const Scalar *values = by_slot ? z : rows.scores;
     for (int64_t j = 0; j < top_k; ++j)
         rows.chosen[j] = ids[j] >= 0 ? values[ids[j]] : -WideOf<Scalar>::infinity;
-    const int64_t full =
-        (top_k + Lane<Wide<Scalar>>::width - 1) / Lane<Wide<Scalar>>::width * Lane<Wide<Scalar>>::width;
+    const int64_t full = whole_vectors<Scalar>(top_k);
     if (router.post)
         softmax_of_slots(rows.chosen, rows.weights, top_k);
     else if (by_slot)
-        score_row<Scalar>(router.score, rows.chosen, rows.weights, nullptr, full);
+        score_row<Scalar>(router.score, rows.chosen, rows.weights, full);
     else
         for (int64_t j = 0; j < full; j += Lane<Wide<Scalar>>::width)
             store(rows.weights + j, load<Wide<Scalar>>(rows.chosen + j) / divisor);
@@ -235,7 +245,12 @@ template <class Scalar> void gate_tokens(const GatingArgs &args, int64_t begin, 
     if (args.bias)
         rows.load_bias(args.bias, args.router.num_experts);
     const int64_t top_k = args.router.top_k;
+    const bool small = small_softmax(args);
     for (int64_t token = begin; token < end; ++token) {
+        if (small && token + small_tokens <= end && gate_small(args, token)) {
+            token += small_tokens - 1;
+            continue;
+        }
         if (!args.token_mask || args.token_mask[token]) {
             gate_token(args, rows, token);
             continue;
@@ -265,21 +280,23 @@ template <class Scalar> void score_keys(const ExpertChoiceArgs &args, int64_t be
     for (int64_t i = begin; i < end; ++i) {
         const Scalar *z = row_of(args.logits, args.tokens[i], rows.logits);
         const Scalar sum = exp_row(z, range_of_row(z, num_experts), rows.scores, num_experts);
-        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t e) { return load<V>(rows.scores + e) / sum; });
+        keys_of_row<Scalar>(rows.keys, num_experts,
+                            [&](int64_t e) PYROUTE_INLINED { return load<V>(rows.scores + e) / sum; });
         for (int64_t e = 0; e < num_experts; ++e)
             static_cast<Key *>(args.keys)[e * args.num_real + i] = rows.keys[e];
     }
 }
 
-template <class Scalar> void choose_tokens(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *heap) {
+template <class Scalar> void choose_tokens(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *workspace) {
     using Key = typename Lane<Scalar>::Int;
     const int64_t num_real = args.num_real, capacity = args.capacity, taken = capacity < num_real ? capacity : num_real;
+    Scratch scratch{static_cast<char *>(workspace)};
+    const auto sort = take_sort_buffer<Key>(scratch, num_real);
     for (int64_t e = begin; e < end; ++e) {
         const Key *keys = static_cast<const Key *>(args.keys) + e * num_real;
         int32_t *ids = args.token_idx + e * capacity;
         Scalar *weights = static_cast<Scalar *>(args.token_weights) + e * capacity;
-        best_positions<typename Lane<Wide<Scalar>>::Int>(keys, {1, num_real, nullptr}, taken, ids,
-                                                         static_cast<Key *>(heap));
+        best_positions<typename Lane<Wide<Scalar>>::Int>(keys, {1, num_real, nullptr}, taken, ids, sort);
         for (int64_t j = 0; j < capacity; ++j) {
             weights[j] = j < taken ? value_of_key<Scalar>(keys[ids[j]]) : Scalar(0);
             ids[j] = j < taken ? args.tokens[ids[j]] : -1;
@@ -294,11 +311,11 @@ void expert_choice_keys(const ExpertChoiceArgs &args, int64_t begin, int64_t end
         score_keys<float>(args, begin, end, workspace);
 }
 
-void expert_choice(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *heap) {
+void expert_choice(const ExpertChoiceArgs &args, int64_t begin, int64_t end, void *workspace) {
     if (args.logits.type == FloatType::float64)
-        choose_tokens<double>(args, begin, end, heap);
+        choose_tokens<double>(args, begin, end, workspace);
     else
-        choose_tokens<float>(args, begin, end, heap);
+        choose_tokens<float>(args, begin, end, workspace);
 }
 
 } // namespace

@@ -9,13 +9,14 @@
 // writes E gradients a token.
 #include "cpu/gating.h"
 
-#include "cpu/scalar/gating_rows.h"
+#include "cpu/scalar/gating_scores.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
 namespace {
 
 template <class Scalar> struct BackwardRows {
+    const Scalar *z; // the token's logits
     Scalar *logits, *grad, *p, *scores, *slopes, *fractions;
     Scalar *chosen, *slot_p, *slot_slopes, *slot_grads; // [k]
     int32_t *ids;
@@ -28,6 +29,7 @@ template <class Scalar> struct BackwardRows {
         for (Scalar **array : values)
             *array = take<Scalar>(scratch, row);
         ids = take<int32_t>(scratch, row);
+        memset(chosen, 0, static_cast<size_t>(row) * sizeof(Scalar));
     }
 };
 
@@ -46,14 +48,13 @@ template <class Scalar, class Term> PYROUTE_INLINE Scalar sum_slots(const int32_
 
 // --- weights ------------------------------------------------------------------------------------------------------
 
-// Softmax over the routed slots: grad must be zeros.
+// Softmax over the routed slots.
 template <class Scalar> PYROUTE_INLINE void slots_backward(const Router &router, const BackwardRows<Scalar> &rows) {
     softmax_of_slots(rows.chosen, rows.slot_p, router.top_k);
     const Scalar inner =
         sum_slots<Scalar>(rows.ids, router.top_k, [&](int64_t j) { return rows.slot_p[j] * rows.slot_grads[j]; });
     for (int64_t j = 0; j < router.top_k; ++j)
-        if (rows.ids[j] >= 0)
-            rows.grad[rows.ids[j]] += rows.slot_p[j] * (rows.slot_grads[j] - inner);
+        rows.slot_grads[j] = rows.slot_p[j] * (rows.slot_grads[j] - inner);
 }
 
 // From the gradient of the renormalised scores to that of the scores, in slot_grads; returns <score, its gradient>.
@@ -88,18 +89,6 @@ PYROUTE_INLINE bool eps_vanishes(const Router &router, const BackwardRows<Scalar
     return router.renormalize == Renormalize::sum ? least + eps == least : least >= eps;
 }
 
-template <class Scalar> PYROUTE_INLINE void dense_backward(const Router &router, const BackwardRows<Scalar> &rows) {
-    using V = Wide<Scalar>;
-    for (int64_t j = 0; j < router.top_k; ++j)
-        rows.chosen[j] = rows.ids[j] >= 0 ? rows.p[rows.ids[j]] : Scalar(0);
-    const Scalar inner = renormalize_backward(router, rows, rows.chosen);
-    for (int64_t j = 0; j < router.top_k; ++j)
-        if (rows.ids[j] >= 0)
-            rows.grad[rows.ids[j]] += rows.slot_grads[j];
-    for (int64_t i = 0; i < router.num_experts; i += Lane<V>::width)
-        store(rows.grad + i, load<V>(rows.p + i) * (load<V>(rows.grad + i) - inner));
-}
-
 // Loads the slots; false if none of them is routed.
 template <class Scalar>
 PYROUTE_INLINE bool load_slots(const GatingBackwardArgs &args, const BackwardRows<Scalar> &rows, int64_t token) {
@@ -111,7 +100,7 @@ PYROUTE_INLINE bool load_slots(const GatingBackwardArgs &args, const BackwardRow
         const int32_t id = args.topk_idx[token * top_k + j];
         const bool valid = is_expert(id, args.router.num_experts);
         rows.ids[j] = valid ? id : -1;
-        rows.chosen[j] = valid ? rows.logits[id] : -WideOf<Scalar>::infinity;
+        rows.chosen[j] = valid ? rows.z[id] : -WideOf<Scalar>::infinity;
         rows.slot_grads[j] = grad_weights[j] * scale;
         routed = routed || valid;
     }
@@ -126,41 +115,57 @@ template <class Scalar> struct RowSoftmax {
 };
 
 template <class Scalar>
-PYROUTE_INLINE void need_range(RowSoftmax<Scalar> &softmax, const BackwardRows<Scalar> &rows, int64_t count) {
+PYROUTE_INLINE void need_range(RowSoftmax<Scalar> &softmax, const BackwardRows<Scalar> &rows, int64_t num_experts) {
     if (!softmax.has_range)
-        softmax.range = range_of_row(rows.logits, count);
+        softmax.range = range_of_row(rows.z, num_experts);
     softmax.has_range = true;
 }
 
 template <class Scalar>
-PYROUTE_INLINE void need_p(RowSoftmax<Scalar> &softmax, const BackwardRows<Scalar> &rows, int64_t row) {
-    need_range(softmax, rows, row);
-    if (!softmax.has_p) {
-        softmax.sum = exp_row(rows.logits, softmax.range, rows.p, row);
-        divide_row(rows.p, softmax.sum, row);
-    }
+PYROUTE_INLINE void need_p(RowSoftmax<Scalar> &softmax, const BackwardRows<Scalar> &rows, int64_t num_experts) {
+    if (softmax.has_p)
+        return;
+    need_range(softmax, rows, num_experts);
+    softmax.sum = exp_row(rows.z, softmax.range, rows.p, num_experts);
+    const Scalar divisor = softmax.sum;
+    for_packs<Scalar>(num_experts, [&](auto tag, int64_t i) PYROUTE_INLINED {
+        store_pack(rows.p + i, load_pack<decltype(tag)>(rows.p + i) / divisor);
+    });
     softmax.has_p = true;
 }
 
+// What a row's gradient is made of, beside the gradients of its slots.
+template <class Scalar> struct RowTerms {
+    bool dense = false, balance = false, z = false;
+    Scalar dense_inner = 0;              // of softmax weights: g becomes p (g - dense_inner)
+    Scalar scale = 0, balance_inner = 0; // then + slope (scale (f - balance_inner))
+    Scalar share = 0;                    // then + share p
+    const Scalar *slopes = nullptr;      // p itself for softmax
+};
+
+// Leaves the slots' gradients in slot_grads.
 template <class Scalar>
 PYROUTE_INLINE void weights_backward(const Router &router, const BackwardRows<Scalar> &rows,
-                                     RowSoftmax<Scalar> &softmax, int64_t row) {
+                                     RowSoftmax<Scalar> &softmax, RowTerms<Scalar> &terms) {
     if (router.post)
         return slots_backward(router, rows);
     if (router.score == Score::softmax) {
         if (router.renormalize != Renormalize::none) {
-            need_range(softmax, rows, row);
+            need_range(softmax, rows, router.num_experts);
             if (eps_vanishes(router, rows, softmax.range.largest))
                 return slots_backward(router, rows);
         }
-        need_p(softmax, rows, row);
-        return dense_backward(router, rows);
+        need_p(softmax, rows, router.num_experts);
+        for (int64_t j = 0; j < router.top_k; ++j)
+            rows.chosen[j] = rows.ids[j] >= 0 ? rows.p[rows.ids[j]] : Scalar(0);
+        terms.dense = true;
+        terms.dense_inner = renormalize_backward(router, rows, rows.chosen);
+        return;
     }
-    score_row(router.score, rows.chosen, rows.slot_p, rows.slot_slopes, router.top_k);
+    score_and_slope_row(router.score, rows.chosen, rows.slot_p, rows.slot_slopes, whole_vectors<Scalar>(router.top_k));
     renormalize_backward(router, rows, rows.slot_p);
     for (int64_t j = 0; j < router.top_k; ++j)
-        if (rows.ids[j] >= 0)
-            rows.grad[rows.ids[j]] += rows.slot_grads[j] * rows.slot_slopes[j];
+        rows.slot_grads[j] *= rows.slot_slopes[j];
 }
 
 // --- losses -------------------------------------------------------------------------------------------------------
@@ -176,91 +181,141 @@ PYROUTE_INLINE int64_t load_fractions(const BalanceTerms &balance, const Logits 
     return sequence;
 }
 
-template <class Scalar>
-PYROUTE_INLINE void balance_backward(Score score, const BackwardRows<Scalar> &rows, Scalar scale, int64_t row) {
-    using V = Wide<Scalar>;
-    constexpr int width = Lane<V>::width;
-    const Scalar *f = rows.fractions;
-    if (score == Score::softmax) {
-        const Scalar inner = sum_row<Scalar>(row, [&](int64_t i) { return load<V>(rows.p + i) * load<V>(f + i); });
-        for (int64_t i = 0; i < row; i += width) {
-            const V term = load<V>(rows.p + i) * (scale * (load<V>(f + i) - inner));
-            store(rows.grad + i, load<V>(rows.grad + i) + term);
-        }
-        return;
-    }
-    score_row(score, rows.logits, rows.scores, rows.slopes, row);
-    const Scalar sum = sum_row<Scalar>(row, [&](int64_t i) { return load<V>(rows.scores + i); });
-    const Scalar divisor = sum + static_cast<Scalar>(balance_eps);
-    const Scalar inner =
-        sum_row<Scalar>(row, [&](int64_t i) { return (load<V>(rows.scores + i) / divisor) * load<V>(f + i); });
-    const Scalar share = scale / divisor;
-    for (int64_t i = 0; i < row; i += width) {
-        const V term = load<V>(rows.slopes + i) * (share * (load<V>(f + i) - inner));
-        store(rows.grad + i, load<V>(rows.grad + i) + term);
-    }
+template <class Scalar> PYROUTE_INLINE Scalar sum_of_row(const Scalar *row, int64_t count) {
+    return sum_row<Scalar>(count,
+                           [&](auto tag, int64_t i) PYROUTE_INLINED { return load_pack<decltype(tag)>(row + i); });
 }
 
-template <class Scalar> PYROUTE_INLINE void store_gradient(const Scalar *grad, Scalar *out, int64_t num_experts) {
-    using V = Wide<Scalar>;
-    int64_t i = 0;
-    for (; i + Lane<V>::width <= num_experts; i += Lane<V>::width)
-        store(out + i, canonical(load<V>(grad + i)));
-    for (; i < num_experts; ++i)
-        out[i] = canonical(grad[i]);
+// The sum of (s / divisor) f.
+template <class Scalar>
+PYROUTE_INLINE Scalar normalized_product(const Scalar *s, Scalar divisor, const Scalar *f, int64_t count) {
+    return sum_row<Scalar>(count, [&](auto tag, int64_t i) PYROUTE_INLINED {
+        using P = decltype(tag);
+        return (load_pack<P>(s + i) / divisor) * load_pack<P>(f + i);
+    });
+}
+
+template <class Scalar>
+PYROUTE_INLINE void balance_backward(Score score, const BackwardRows<Scalar> &rows, Scalar scale, int64_t num_experts,
+                                     RowTerms<Scalar> &terms) {
+    const Scalar *f = rows.fractions, *p = rows.p;
+    terms.balance = true;
+    terms.scale = scale;
+    terms.slopes = p;
+    if (score != Score::softmax) {
+        Scalar *scores = rows.scores;
+        score_and_slope_row(score, rows.z, scores, rows.slopes, num_experts);
+        const Scalar divisor = sum_of_row(scores, num_experts) + static_cast<Scalar>(balance_eps);
+        terms.balance_inner = normalized_product(scores, divisor, f, num_experts);
+        terms.scale = scale / divisor;
+        terms.slopes = rows.slopes;
+        return;
+    }
+    terms.balance_inner = sum_row<Scalar>(num_experts, [&](auto tag, int64_t i) PYROUTE_INLINED {
+        using P = decltype(tag);
+        return load_pack<P>(p + i) * load_pack<P>(f + i);
+    });
+}
+
+// The slots' gradients into zeros.
+template <class Scalar> PYROUTE_INLINE void scatter_slots(const BackwardRows<Scalar> &rows, int64_t top_k, Scalar *to) {
+    for (int64_t j = 0; j < top_k; ++j)
+        if (rows.ids[j] >= 0)
+            to[rows.ids[j]] += rows.slot_grads[j];
+}
+
+template <class Scalar>
+PYROUTE_INLINE void write_sparse(const BackwardRows<Scalar> &rows, int64_t top_k, int64_t num_experts, bool routed,
+                                 Scalar *out) {
+    memset(out, 0, static_cast<size_t>(num_experts) * sizeof(Scalar));
+    if (!routed)
+        return;
+    scatter_slots(rows, top_k, out);
+    for (int64_t j = 0; j < top_k; ++j)
+        if (rows.ids[j] >= 0)
+            out[rows.ids[j]] = canonical(out[rows.ids[j]]);
+}
+
+template <class Scalar>
+PYROUTE_INLINE void write_dense(const BackwardRows<Scalar> &rows, const RowTerms<Scalar> &terms, int64_t num_experts,
+                                Scalar *out) {
+    for_packs<Scalar>(num_experts, [&](auto tag, int64_t i) PYROUTE_INLINED {
+        using P = decltype(tag);
+        P g = load_pack<P>(rows.grad + i);
+        if (terms.dense)
+            g = load_pack<P>(rows.p + i) * (g - terms.dense_inner);
+        if (terms.balance)
+            g = g + load_pack<P>(terms.slopes + i) *
+                        ((load_pack<P>(rows.fractions + i) - terms.balance_inner) * terms.scale);
+        if (terms.z)
+            g = g + load_pack<P>(rows.p + i) * terms.share;
+        g = zip([](const auto &v) PYROUTE_INLINED { return canonical_lanes(v); }, g);
+        if (i + P::lanes <= num_experts)
+            store_pack(out + i, g);
+        else
+            memcpy(out + i, &g, static_cast<size_t>(num_experts - i) * sizeof(Scalar));
+    });
+}
+
+template <class Scalar>
+PYROUTE_INLINE void backward_token(const GatingBackwardArgs &args, BackwardRows<Scalar> &rows, int64_t token,
+                                   int64_t &sequence, Scalar *out) {
+    const Router &router = args.router;
+    const int64_t num_experts = router.num_experts;
+    rows.z = row_of(args.logits, token, rows.logits);
+    RowSoftmax<Scalar> softmax;
+    RowTerms<Scalar> terms;
+    const bool routed = load_slots(args, rows, token);
+    if (routed)
+        weights_backward(router, rows, softmax, terms);
+    if (args.balance.fractions) {
+        if (router.score == Score::softmax)
+            need_p(softmax, rows, num_experts);
+        sequence = load_fractions(args.balance, args.logits, token, sequence, rows.fractions);
+        const Scalar scale = static_cast<const Scalar *>(args.balance.scales)[sequence];
+        balance_backward(router.score, rows, scale, num_experts, terms);
+    }
+    if (args.z_scale != 0) {
+        need_p(softmax, rows, num_experts);
+        terms.z = true;
+        terms.share = static_cast<Scalar>(args.z_scale) * logsumexp(softmax.range.largest, softmax.sum);
+    }
+    if (!terms.dense && !terms.balance && !terms.z)
+        return write_sparse(rows, router.top_k, num_experts, routed, out);
+    memset(rows.grad, 0, static_cast<size_t>(padded(num_experts)) * sizeof(Scalar));
+    if (routed)
+        scatter_slots(rows, router.top_k, rows.grad);
+    write_dense(rows, terms, num_experts, out);
 }
 
 template <class Scalar>
 void backward_tokens(const GatingBackwardArgs &args, int64_t begin, int64_t end, void *workspace) {
-    using V = Wide<Scalar>;
-    const Router &router = args.router;
-    const int64_t num_experts = router.num_experts, row = padded(num_experts);
-    const BackwardRows<Scalar> rows(workspace, num_experts);
-    const auto z_scale = static_cast<Scalar>(args.z_scale);
+    const int64_t num_experts = args.router.num_experts;
+    BackwardRows<Scalar> rows(workspace, num_experts);
     int64_t sequence = -1;
     for (int64_t token = begin; token < end; ++token) {
         Scalar *out = static_cast<Scalar *>(args.grad_logits) + token * num_experts;
-        if (args.token_mask && !args.token_mask[token]) {
+        if (!args.token_mask || args.token_mask[token])
+            backward_token(args, rows, token, sequence, out);
+        else
             memset(out, 0, static_cast<size_t>(num_experts) * sizeof(Scalar));
-            continue;
-        }
-        load_row(args.logits, token, rows.logits);
-        memset(rows.grad, 0, static_cast<size_t>(row) * sizeof(Scalar));
-        RowSoftmax<Scalar> softmax;
-        if (load_slots(args, rows, token))
-            weights_backward(router, rows, softmax, row);
-        if (args.balance.fractions) {
-            if (router.score == Score::softmax)
-                need_p(softmax, rows, row);
-            sequence = load_fractions(args.balance, args.logits, token, sequence, rows.fractions);
-            balance_backward(router.score, rows, static_cast<const Scalar *>(args.balance.scales)[sequence], row);
-        }
-        if (args.z_scale != 0) {
-            need_p(softmax, rows, row);
-            const Scalar share = z_scale * logsumexp(softmax.range.largest, softmax.sum);
-            for (int64_t i = 0; i < row; i += Lane<V>::width)
-                store(rows.grad + i, load<V>(rows.grad + i) + share * load<V>(rows.p + i));
-        }
-        store_gradient(rows.grad, out, num_experts);
     }
 }
 
 template <class Scalar>
 void loss_terms_of_tokens(const LossTermsArgs &args, int64_t begin, int64_t end, void *workspace) {
-    using V = Wide<Scalar>;
-    const int64_t row = padded(args.logits.num_experts);
-    const BackwardRows<Scalar> rows(workspace, args.logits.num_experts);
+    const int64_t num_experts = args.logits.num_experts;
+    const BackwardRows<Scalar> rows(workspace, num_experts);
     int64_t sequence = -1;
     for (int64_t token = begin; token < end; ++token) {
-        load_row(args.logits, token, rows.logits);
+        const Scalar *z = row_of(args.logits, token, rows.logits);
         Scalar divisor;
         if (args.balance.fractions && args.score != Score::softmax) {
-            score_row<Scalar>(args.score, rows.logits, rows.p, nullptr, row);
-            divisor =
-                sum_row<Scalar>(row, [&](int64_t i) { return load<V>(rows.p + i); }) + static_cast<Scalar>(balance_eps);
+            score_row(args.score, z, rows.p, num_experts);
+            divisor = sum_of_row(rows.p, num_experts) + static_cast<Scalar>(balance_eps);
         } else {
-            const RowRange<Scalar> range = range_of_row(rows.logits, row);
-            divisor = exp_row(rows.logits, range, rows.p, row);
+            const RowRange<Scalar> range = range_of_row(z, num_experts);
+            divisor = exp_row(z, range, rows.p, num_experts);
             if (!args.balance.fractions) {
                 const double value = static_cast<double>(logsumexp(range.largest, divisor));
                 args.terms[token] = canonical(value * value);
@@ -268,8 +323,8 @@ void loss_terms_of_tokens(const LossTermsArgs &args, int64_t begin, int64_t end,
             }
         }
         sequence = load_fractions(args.balance, args.logits, token, sequence, rows.fractions);
-        args.terms[token] = canonical(static_cast<double>(sum_row<Scalar>(
-            row, [&](int64_t i) { return (load<V>(rows.p + i) / divisor) * load<V>(rows.fractions + i); })));
+        args.terms[token] =
+            canonical(static_cast<double>(normalized_product(rows.p, divisor, rows.fractions, num_experts)));
     }
 }
 

@@ -3,7 +3,8 @@
 // Keys are integers in the order of the values. Up to 32 are kept sorted in vector registers: a key enters by a
 // compare, a shift and two selects, without a branch that depends on where. The last of them is the threshold that a
 // vector of candidates is compared with, so past the first few vectors most are passed over whole. Of 256 random keys
-// about 8 + 8 ln(256 / 8) = 36 enter a list of 8. Longer lists are a heap: insertion would cost k / 2 moves each.
+// about 8 + 8 ln(256 / 8) = 36 enter a list of 8. Longer lists come from
+// a radix sort of all keys: a heap took 12 us for 256 of 256.
 #pragma once
 
 #include "cpu/scalar/gating_rows.h"
@@ -101,58 +102,52 @@ template <class Keys, int lanes> struct SortedList {
     }
 };
 
-// Any number of keys, in memory, the worst at the root; sort() puts the best first.
-template <class Key> struct Heap {
-    Key *keys;
-    int32_t *ids;
-    int64_t limit;
-    int64_t count = 0;
+// --- sort -----------------------------------------------------------------------------------------------------------
 
-    Key threshold() const { return count < limit ? no_key<Key> : keys[0]; }
-
-    void insert(Key key, int64_t id) {
-        if (count < limit)
-            rise(count++, key, static_cast<int32_t>(id));
-        else
-            sink(count, key, static_cast<int32_t>(id));
-    }
-
-    void sort() {
-        for (int64_t last = count - 1; last > 0; --last) {
-            const Key key = keys[last];
-            const int32_t id = ids[last];
-            put(last, keys[0], ids[0]);
-            sink(last, key, id);
-        }
-    }
-
-  private:
-    void put(int64_t at, Key key, int32_t id) {
-        keys[at] = key;
-        ids[at] = id;
-    }
-    bool worse(int64_t at, Key key, int32_t id) const { return keys[at] < key || (keys[at] == key && ids[at] > id); }
-
-    void rise(int64_t at, Key key, int32_t id) {
-        for (; at > 0 && !worse((at - 1) / 2, key, id); at = (at - 1) / 2)
-            put(at, keys[(at - 1) / 2], ids[(at - 1) / 2]);
-        put(at, key, id);
-    }
-
-    // In place of the root of a heap of `size`.
-    void sink(int64_t size, Key key, int32_t id) {
-        int64_t at = 0;
-        for (int64_t child = 1; child < size; child = 2 * at + 1) {
-            if (child + 1 < size && worse(child + 1, keys[child], ids[child]))
-                ++child;
-            if (!worse(child, key, id))
-                break;
-            put(at, keys[child], ids[child]);
-            at = child;
-        }
-        put(at, key, id);
-    }
+// Keys that sort upwards from the best, and their positions.
+template <class Key> struct SortBuffer {
+    Key *keys[2];
+    int32_t *positions[2];
 };
+
+template <class Key> PYROUTE_INLINE SortBuffer<Key> take_sort_buffer(Scratch &scratch, int64_t count) {
+    SortBuffer<Key> buffer;
+    for (int i = 0; i < 2; ++i) {
+        buffer.keys[i] = take<Key>(scratch, count);
+        buffer.positions[i] = take<int32_t>(scratch, count);
+    }
+    return buffer;
+}
+
+// Stable radix sort of the first `count` entries of buffer 0, a byte at a time; returns the buffer that holds the
+// result. A byte that all keys share costs nothing.
+template <class Key> PYROUTE_INLINE int sort_keys(const SortBuffer<Key> &buffer, int64_t count) {
+    constexpr int digits = sizeof(Key);
+    int32_t starts[digits][256] = {};
+    for (int64_t i = 0; i < count; ++i)
+        for (int digit = 0; digit < digits; ++digit)
+            ++starts[digit][(buffer.keys[0][i] >> (8 * digit)) & 255];
+    int now = 0;
+    for (int digit = 0; digit < digits; ++digit) {
+        int32_t *start = starts[digit];
+        if (start[(buffer.keys[now][0] >> (8 * digit)) & 255] == count)
+            continue;
+        int32_t sum = 0;
+        for (int value = 0; value < 256; ++value) {
+            const int32_t here = start[value];
+            start[value] = sum;
+            sum += here;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const Key key = buffer.keys[now][i];
+            const int32_t to = start[(key >> (8 * digit)) & 255]++;
+            buffer.keys[1 - now][to] = key;
+            buffer.positions[1 - now][to] = buffer.positions[now][i];
+        }
+        now = 1 - now;
+    }
+    return now;
+}
 
 // --- selection ------------------------------------------------------------------------------------------------------
 
@@ -192,20 +187,30 @@ __attribute__((noinline)) void best_in_registers(const Key *keys, const Candidat
     list.write(limit, ids);
 }
 
-// Positions of the `limit` best keys, best first. There are at least `limit` candidates; `list_keys` has room for as
-// many.
+template <class Key>
+__attribute__((noinline)) void best_by_sorting(const Key *keys, const Candidates &candidates, int64_t limit,
+                                               int32_t *ids, const SortBuffer<Key> &buffer) {
+    int64_t count = 0;
+    for (int64_t run = 0; run < candidates.count; ++run)
+        if (!candidates.kept || candidates.kept[run])
+            for (int64_t i = run * candidates.size; i < (run + 1) * candidates.size; ++i) {
+                buffer.keys[0][count] = static_cast<Key>(keys[i] ^ ~no_key<Key>); // unsigned, the best is 0
+                buffer.positions[0][count++] = static_cast<int32_t>(i);
+            }
+    memcpy(ids, buffer.positions[sort_keys(buffer, count)], static_cast<size_t>(limit) * sizeof(int32_t));
+}
+
+// Positions of the `limit` best keys, best first. There are at least `limit` candidates; the buffer has room for all.
 template <class Keys, class Key>
 __attribute__((noinline)) void best_positions(const Key *keys, const Candidates &candidates, int64_t limit,
-                                              int32_t *ids, Key *heap_keys) {
+                                              int32_t *ids, const SortBuffer<Key> &buffer) {
     if (limit <= 8)
         return best_in_registers<Keys, 8>(keys, candidates, limit, ids);
     if (limit <= 16)
         return best_in_registers<Keys, 16>(keys, candidates, limit, ids);
     if (limit <= 32)
         return best_in_registers<Keys, 32>(keys, candidates, limit, ids);
-    Heap<Key> heap{heap_keys, ids, limit};
-    offer<Keys>(heap, keys, candidates);
-    heap.sort();
+    best_by_sorting(keys, candidates, limit, ids, buffer);
 }
 
 // --- two of a group -------------------------------------------------------------------------------------------------

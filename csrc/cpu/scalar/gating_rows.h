@@ -1,11 +1,10 @@
-// One token's logits as a row of lanes: loads, scores and sums in the order of the contract (docs/ops/gating.md).
+// One token's logits as a row of lanes: loads, sums in the order of the contract (docs/ops/gating.md) and maxima.
 //
 // Rows are padded to a multiple of 32 experts with logits of -inf, whose scores, probabilities and slopes are +0: sums
 // need no tail. Scalar is float (8 lanes a vector) or double (4); the programs are the same.
 #pragma once
 
-#include "cpu/elementary.h"
-#include "cpu/elements.h"
+#include "cpu/scalar/gating_pack.h"
 #include "gating.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
@@ -27,6 +26,11 @@ constexpr int64_t row_block = 32; // lanes of a sum over experts
 constexpr double balance_eps = 1e-20;
 
 PYROUTE_INLINE int64_t padded(int64_t count) { return (count + row_block - 1) / row_block * row_block; }
+
+template <class Scalar> PYROUTE_INLINE int64_t whole_vectors(int64_t count) {
+    constexpr int64_t width = Lane<Wide<Scalar>>::width;
+    return (count + width - 1) / width * width;
+}
 
 // Consecutive 32-byte aligned arrays in the scratch memory of a thread.
 struct Scratch {
@@ -110,8 +114,10 @@ PYROUTE_INLINE void for_vectors(int64_t count, Whole whole, Part part) {
     constexpr int width = Lane<Wide<Scalar>>::width, vectors = static_cast<int>(row_block) / width;
     int64_t i = 0;
     for (; i + row_block <= count; i += row_block)
+#pragma GCC unroll 16
         for (int j = 0; j < vectors; ++j)
             whole(j, i + j * width);
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j)
         if (i + (j + 1) * width <= count)
             whole(j, i + j * width);
@@ -119,32 +125,68 @@ PYROUTE_INLINE void for_vectors(int64_t count, Whole whole, Part part) {
             part(j, i + j * width);
 }
 
+// visit(tag, i) with the type of a pack for every full one, then of a vector for the rest, the last padded.
+template <class Scalar, class Visit> PYROUTE_INLINE void for_packs(int64_t count, Visit visit) {
+    using P = PackOf<Scalar>;
+    using One = Pack<Wide<Scalar>, 1>;
+    int64_t i = 0;
+    for (; i + P::lanes <= count; i += P::lanes)
+        visit(P{}, i);
+    for (; i < count; i += One::lanes)
+        visit(One{}, i);
+}
+
 template <class Scalar> struct RowSum {
     using V = Wide<Scalar>;
     static constexpr int vectors = static_cast<int>(row_block) / Lane<V>::width;
-    V lanes[vectors] = {};
+    V lanes[vectors];
 };
 
 PYROUTE_INLINE float tree(const f32x8 &v) { return sum_lanes(v); }
 PYROUTE_INLINE double tree(const f64x4 &v) { return (v[0] + v[2]) + (v[1] + v[3]); }
 
 template <class Scalar> PYROUTE_INLINE Scalar total(RowSum<Scalar> &sum) {
+#pragma GCC unroll 16
     for (int half = RowSum<Scalar>::vectors / 2; half >= 1; half /= 2)
+#pragma GCC unroll 16
         for (int j = 0; j < half; ++j)
             sum.lanes[j] += sum.lanes[j + half];
     return tree(sum.lanes[0]);
 }
 
-// whole(i) and part(i) are the vector of experts i, i + 1, ...; returns the sum over experts. Vectors past the last
-// expert would add +0.
+// whole(tag, i) is the pack of tag's type of experts i, i + 1, ..., part(i) the last vector if it is not full; returns
+// the sum over experts. Vectors past the last expert would add +0.
 template <class Scalar, class Whole, class Part> PYROUTE_INLINE Scalar sum_row(int64_t count, Whole whole, Part part) {
-    RowSum<Scalar> sum;
-    for_vectors<Scalar>(
-        count, [&](int j, int64_t i) { sum.lanes[j] += whole(i); }, [&](int j, int64_t i) { sum.lanes[j] += part(i); });
+    using P = PackOf<Scalar>;
+    using One = Pack<Wide<Scalar>, 1>;
+    constexpr int width = One::lanes, vectors = RowSum<Scalar>::vectors;
+    struct {
+        P packs[static_cast<int>(row_block) / P::lanes];
+    } sums;
+#pragma GCC unroll 16
+    for (P &sum : sums.packs)
+        sum = P{};
+    int64_t i = 0;
+    for (; i + row_block <= count; i += row_block) {
+        int64_t at = i;
+#pragma GCC unroll 16
+        for (P &sum : sums.packs) {
+            sum = sum + whole(P{}, at);
+            at += P::lanes;
+        }
+    }
+    auto sum = bit_cast<RowSum<Scalar>>(sums);
+#pragma GCC unroll 16
+    for (int j = 0; j < vectors; ++j)
+        if (i + (j + 1) * width <= count)
+            sum.lanes[j] += whole(One{}, i + j * width).v[0];
+        else if (i + j * width < count)
+            sum.lanes[j] += part(i + j * width);
     return total(sum);
 }
+// The same where the last vector is like the others.
 template <class Scalar, class Term> PYROUTE_INLINE Scalar sum_row(int64_t count, Term term) {
-    return sum_row<Scalar>(count, term, term);
+    return sum_row<Scalar>(count, term, [&](int64_t i) { return term(Pack<Wide<Scalar>, 1>{}, i).v[0]; });
 }
 
 // One bit per lane of a comparison.
@@ -169,7 +211,17 @@ PYROUTE_INLINE unsigned lane_bits(const i64x4 &mask) {
 #endif
 }
 
-template <class Mask> PYROUTE_INLINE bool any_lane(const Mask &mask) { return lane_bits(mask) != 0; }
+template <class Mask> PYROUTE_INLINE bool any_lane(const Mask &mask) {
+    if constexpr (sizeof(Mask) == 64) {
+        struct Halves {
+            i32x8 low, high;
+        };
+        const auto halves = bit_cast<Halves>(mask);
+        return lane_bits((i32x8)(halves.low | halves.high)) != 0;
+    } else {
+        return lane_bits(mask) != 0;
+    }
+}
 
 template <class V, class Pick> PYROUTE_INLINE typename Lane<V>::Scalar over_lanes(const V &v, Pick pick) {
     auto result = v[0];
@@ -198,6 +250,7 @@ template <class Scalar> PYROUTE_INLINE RowRange<Scalar> range_of_row(const Scala
     constexpr int vectors = RowSum<Scalar>::vectors;
     V largest[vectors], smallest[vectors];
     typename Lane<V>::Int ordered[2] = {~typename Lane<V>::Int{}, ~typename Lane<V>::Int{}};
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j) {
         largest[j] = broadcast<V>(-WideOf<Scalar>::infinity);
         smallest[j] = broadcast<V>(WideOf<Scalar>::infinity);
@@ -212,6 +265,7 @@ template <class Scalar> PYROUTE_INLINE RowRange<Scalar> range_of_row(const Scala
         smallest[j] = smaller(load<V>(row + i), smallest[j]);
     };
     for_vectors<Scalar>(count, whole, part);
+#pragma GCC unroll 16
     for (int j = 1; j < vectors; ++j) {
         largest[0] = larger(largest[j], largest[0]);
         smallest[0] = smaller(smallest[j], smallest[0]);
@@ -220,145 +274,6 @@ template <class Scalar> PYROUTE_INLINE RowRange<Scalar> range_of_row(const Scala
     const auto min = [](Scalar a, Scalar b) { return a < b ? a : b; };
     const bool has_nan = any_lane(~(ordered[0] & ordered[1]));
     return {has_nan ? WideOf<Scalar>::nan : over_lanes(largest[0], max), over_lanes(smallest[0], min)};
-}
-
-// --- scores -------------------------------------------------------------------------------------------------------
-
-template <class V> PYROUTE_INLINE V minus_magnitude(V z) {
-    using Uint = typename Lane<V>::Uint;
-    constexpr int sign_shift = sizeof(typename Lane<V>::Scalar) * 8 - 1;
-    return bit_cast<V>((Uint)(bit_cast<Uint>(z) | ((Uint{} + 1) << sign_shift)));
-}
-
-template <class V> struct ScoreAndSlope {
-    V score, slope;
-};
-
-// e is exp(-|z|)
-template <class V> PYROUTE_INLINE ScoreAndSlope<V> sigmoid_of_exp(const V &z, const V &e) {
-    using S = typename Lane<V>::Scalar;
-    const V one = broadcast<V>(S(1)), divisor = one + e;
-    const auto is_positive = z >= S(0);
-    const V score = (is_positive ? one : e) / divisor, rest = (is_positive ? e : one) / divisor;
-    return {score, score * rest};
-}
-
-template <class V> PYROUTE_INLINE V root_of_exp(const V &z, const V &e) {
-    return sqrt_lanes(larger(z, V{}) + log1p_lanes(e));
-}
-
-// Programs from logits to scores and slopes. They run for any logits, or with fewer steps and the same bits for logits
-// that are `ordinary`; of NaN that is false.
-struct Sigmoid {
-    template <class V> PYROUTE_INLINE auto ordinary(const V &z) {
-        return minus_magnitude(z) >= Elementary<typename Lane<V>::Scalar>::exp_normal;
-    }
-    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run_ordinary(const V &z) {
-        return sigmoid_of_exp(z, exp_normal_lanes(minus_magnitude(z)));
-    }
-    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run(const V &z) {
-        return sigmoid_of_exp(z, exp_lanes(minus_magnitude(z)));
-    }
-};
-
-struct Sqrtsoftplus {
-    template <class V> PYROUTE_INLINE auto ordinary(const V &z) {
-        using S = typename Lane<V>::Scalar;
-        return (z >= WideOf<S>::small_logit) & (z <= -Elementary<S>::exp_normal);
-    }
-    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run_ordinary(const V &z) {
-        const V e = exp_normal_lanes(minus_magnitude(z)), root = root_of_exp(z, e);
-        return {root, sigmoid_of_exp(z, e).score / (root + root)};
-    }
-    template <class V> PYROUTE_INLINE ScoreAndSlope<V> run(const V &z) {
-        using S = typename Lane<V>::Scalar;
-        const V half = broadcast<V>(S(0.5)), e = exp_lanes(minus_magnitude(z));
-        const V root = root_of_exp(z, e), small = exp_lanes(half * z);
-        const auto is_small = z < WideOf<S>::small_logit; // false for NaN
-        return {is_small ? small : root, is_small ? half * small : sigmoid_of_exp(z, e).score / (root + root)};
-    }
-};
-
-// e[i] = exp(z[i] - largest); returns their sum over experts.
-template <class Scalar>
-PYROUTE_INLINE Scalar exp_row(const Scalar *z, const RowRange<Scalar> &range, Scalar *e, int64_t count) {
-    using V = Wide<Scalar>;
-    const auto any = [&](int64_t i) {
-        const V v = exp_lanes(load<V>(z + i) - range.largest);
-        store(e + i, v);
-        return v;
-    };
-    const auto normal = [&](int64_t i) {
-        const V v = exp_normal_lanes(load<V>(z + i) - range.largest);
-        store(e + i, v);
-        return v;
-    };
-    if (range.smallest - range.largest >= Elementary<Scalar>::exp_normal) // not with NaN
-        return sum_row<Scalar>(count, normal, any);
-    return sum_row<Scalar>(count, any);
-}
-
-template <class Scalar> PYROUTE_INLINE void divide_row(Scalar *row, Scalar divisor, int64_t count) {
-    using V = Wide<Scalar>;
-    for (int64_t i = 0; i < count; i += Lane<V>::width)
-        store(row + i, load<V>(row + i) / divisor);
-}
-
-// visit(i, z, result) for the vectors of a row, in order, from the program for ordinary logits where all in full
-// vectors are, once more from the other one where they are not; returns whether a logit is NaN.
-template <class Program, class Scalar, class Visit>
-PYROUTE_INLINE bool map_row(const Scalar *z, int64_t count, Visit visit) {
-    using V = Wide<Scalar>;
-    constexpr int width = Lane<V>::width;
-    auto ordinary = ~typename Lane<V>::Int{}, ordered = ordinary;
-    int64_t i = 0;
-    for (; i + width <= count; i += width) {
-        const V v = load<V>(z + i);
-        ordinary &= Program::ordinary(v);
-        visit(i, v, Program::run_ordinary(v));
-    }
-    if (any_lane(~ordinary))
-        i = 0;
-    for (; i < count; i += width) {
-        const V v = load<V>(z + i);
-        ordered &= v == v;
-        visit(i, v, Program::run(v));
-    }
-    return any_lane(~ordered);
-}
-
-// Scores of experts one by one, sigmoid or sqrtsoftplus; up to the next full vector. Slopes may be null.
-template <class Program, class Scalar>
-PYROUTE_INLINE bool score_row_by(const Scalar *z, Scalar *scores, Scalar *slopes, int64_t count) {
-    using Result = ScoreAndSlope<Wide<Scalar>>;
-    if (!slopes)
-        return map_row<Program>(z, count, [&](int64_t i, auto, const Result &r) { store(scores + i, r.score); });
-    return map_row<Program>(z, count, [&](int64_t i, auto, const Result &r) {
-        store(scores + i, r.score);
-        store(slopes + i, r.slope);
-    });
-}
-
-template <class Scalar>
-PYROUTE_INLINE bool score_row(Score score, const Scalar *z, Scalar *scores, Scalar *slopes, int64_t count) {
-    if (score == Score::sigmoid)
-        return score_row_by<Sigmoid>(z, scores, slopes, count);
-    return score_row_by<Sqrtsoftplus>(z, scores, slopes, count);
-}
-
-// p[j] = exp(z[j] - m) / sum over the routed slots j in order, m their largest; slots that are not routed hold -inf in
-// z, whose p is 0 (or NaN, where the row is) and never used. Up to the next full vector.
-template <class Scalar> PYROUTE_INLINE void softmax_of_slots(const Scalar *z, Scalar *p, int64_t top_k) {
-    using V = Wide<Scalar>;
-    constexpr Scalar infinity = WideOf<Scalar>::infinity;
-    Scalar largest = -infinity, sum = 0;
-    for (int64_t j = 0; j < top_k; ++j)
-        largest = z[j] > largest || z[j] != z[j] ? z[j] : largest;
-    for (int64_t j = 0; j < top_k; j += Lane<V>::width)
-        store(p + j, exp_lanes(load<V>(z + j) - largest));
-    for (int64_t j = 0; j < top_k; ++j)
-        sum += p[j];
-    divide_row(p, sum, top_k);
 }
 
 } // namespace pyroute::cpu::PYROUTE_ISA

@@ -15,15 +15,6 @@ namespace pyroute::cpu::PYROUTE_ISA {
 constexpr int64_t select_most = 32; // largest k
 constexpr int64_t shortlist_room = 64;
 
-// The lanes of `yes` where the mask is all ones.
-template <class V, class Mask> PYROUTE_INLINE V blend(const Mask &mask, const V &yes, const V &no) {
-#if defined(__AVX2__)
-    return bit_cast<V>(_mm256_blendv_epi8(bit_cast<__m256i>(no), bit_cast<__m256i>(yes), bit_cast<__m256i>(mask)));
-#else
-    return bit_cast<V>((bit_cast<Mask>(yes) & mask) | (bit_cast<Mask>(no) & ~mask));
-#endif
-}
-
 // a > b and a >= b as masks.
 template <class V> PYROUTE_INLINE typename Lane<V>::Int above(const V &a, const V &b) { return a > b; }
 template <class V> PYROUTE_INLINE typename Lane<V>::Int reaches(const V &a, const V &b) { return a >= b; }
@@ -47,30 +38,38 @@ template <int vectors, class Scalar> PYROUTE_INLINE Scalar threshold_of(const Sc
     using Int = typename Lane<V>::Int;
     constexpr int width = Lane<V>::width;
     V best[vectors];
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j)
         best[j] = broadcast<V>(-WideOf<Scalar>::infinity);
     int64_t i = 0;
     for (; i + vectors * width <= count; i += vectors * width)
+#pragma GCC unroll 16
         for (int j = 0; j < vectors; ++j)
             best[j] = larger(load<V>(row + i + j * width), best[j]);
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j)
         if (i + j * width < count)
             best[j] = larger(load<V>(row + i + j * width), best[j]);
     if (k == 1) {
+#pragma GCC unroll 16
         for (int j = 1; j < vectors; ++j)
             best[0] = larger(best[j], best[0]);
         return over_lanes(best[0], [](Scalar a, Scalar b) { return a > b ? a : b; });
     }
     Scalar values[vectors * width];
     Int ahead[vectors] = {}; // minus how many maxima are larger
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j)
         store(values + j * width, best[j]);
+#pragma GCC unroll 16
     for (int other = 0; other < vectors * width; ++other)
+#pragma GCC unroll 16
         for (int j = 0; j < vectors; ++j)
             ahead[j] += above(broadcast<V>(values[other]), best[j]);
     const V infinity = broadcast<V>(WideOf<Scalar>::infinity);
     V least = infinity;
     const Int most = Int{} - static_cast<typename Lane<Scalar>::Int>(k);
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j)
         least = smaller(blend((Int)(ahead[j] > most), best[j], infinity), least);
     return over_lanes(least, [](Scalar a, Scalar b) { return a < b ? a : b; });
@@ -129,11 +128,15 @@ PYROUTE_INLINE void order_vectors(const Scalar *keys, const int32_t *positions, 
     constexpr int width = Lane<V>::width;
     V mine[vectors];
     Int rank[vectors] = {};
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j)
         mine[j] = load<V>(keys + j * width);
+#pragma GCC unroll 16
     for (int block = 0; block < vectors; ++block)
+#pragma GCC unroll 16
         for (int lane = 0; lane < width; ++lane) {
             const V other = broadcast<V>(keys[block * width + lane]);
+#pragma GCC unroll 16
             for (int j = 0; j < vectors; ++j)
                 rank[j] -= j > block ? reaches(other, mine[j])
                            : j < block
@@ -142,6 +145,7 @@ PYROUTE_INLINE void order_vectors(const Scalar *keys, const int32_t *positions, 
         }
     typename Lane<Scalar>::Int ranks[vectors * width];
     int32_t order[vectors * width];
+#pragma GCC unroll 16
     for (int j = 0; j < vectors; ++j)
         store(ranks + j * width, rank[j]);
     for (int i = 0; i < vectors * width; ++i)
