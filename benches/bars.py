@@ -86,7 +86,7 @@ def _moves(dtype: str) -> list[Case]:
 
 
 def _quantize(dtype: str) -> Case:
-    bars = share("pyroute", "copy", 0.8), share("pyroute fresh", "copy", 0.8)
+    bars = (share("pyroute fresh", "copy", 0.8),)
     return Case("quantize", lambda size: problems.Quantize(size(shapes.shape("deepseek-v3", 4096)), dtype), bars)
 
 

@@ -170,13 +170,19 @@ def layer_bfloat16(p, name):
     return None if p.wide else _layer(p, "bfloat16", p.x16)
 
 
-@ours("training", "pyroute float32")
+@ours("training", "pyroute float32", "pyroute float32 fresh")
 def training(p, name):
+    """Gradients into those of the step before, as a training loop has them, or into fresh arrays."""
     gate_up, down = p.weights.pair("float32")
     ids, weights = p.gating.topk_idx, p.gating.topk_weights
+    kept: list[pyroute.MoeGradients] = []
 
     def run():
         y, saved = pyroute.moe_forward(p.x, ids, weights, gate_up, down, return_saved=True)
-        return y, pyroute.moe_backward(p.grad_y, saved)
+        if name.endswith("fresh"):
+            return y, pyroute.moe_backward(p.grad_y, saved)
+        gradients = pyroute.moe_backward(p.grad_y, saved, out=kept[0] if kept else None)
+        kept[:] = [gradients]
+        return y, gradients
 
     return Work(run, lambda result: (result[0], result[1].x, result[1].w_gate_up, result[1].w_down))
