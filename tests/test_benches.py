@@ -180,3 +180,14 @@ def test_wrong_answers_are_found(benches, damage):
     else:
         out[row, 5] = np.nan
     assert p.error(out) > 1e-4
+
+
+def test_one_bad_row_among_many_counts_in_full(benches):
+    import problems
+
+    exact = np.random.default_rng(1).normal(size=(4096, 64))
+    rows = exact.copy()
+    rows[1234] *= 1.5
+    assert problems.worst_row(rows, exact) == pytest.approx(0.5)
+    rows[1234, 0] = np.nan
+    assert problems.worst_row(rows, exact) == np.inf
