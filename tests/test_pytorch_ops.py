@@ -171,6 +171,16 @@ def test_moves_are_the_cores(dtype, alignment):
     assert_same_bytes(numpy(grad_weights), want_weights.astype(np.float32))
 
 
+@pytest.mark.parametrize(("num_tokens", "rows"), [(0, 0), (1, 4 * 8), (4, 16 * 8), (5, 20 + 16 * 7)])
+def test_a_plan_has_no_more_rows_than_its_slots_can_need(num_tokens, rows):
+    """A decode step touches few experts: padding for those that it cannot touch would be most of its memory."""
+    ids = torch.arange(num_tokens * 4).reshape(num_tokens, 4) % E
+    plan = pt.plan_routes(ids, E, alignment=8)
+    assert plan.row_to_token.shape[0] == rows
+    meta = pt.plan_routes(ids.to("meta"), E, alignment=8)
+    assert [t.shape for t in meta] == [t.shape for t in plan]
+
+
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
 def test_fp8_is_the_cores(scale_format):
     x, ids, *_ = problem(torch.bfloat16, requires_grad=False)
