@@ -156,6 +156,21 @@ def test_activations_at_the_edges(cpu_floor, kind, edge, rng):
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+def test_a_tiny_product_beside_a_huge_activation(cpu_floor, kind):
+    """The huge one meets a weight of zero, so that the sum is the tiny product, to its last bit."""
+    for exponent in range(-110, -60):
+        tiny = np.nextafter(np.float32(2.0) ** exponent, np.float32(0))
+        for code in (1, 3):
+            codes = np.zeros((1, 2, 128), np.uint8)
+            codes[0, 1, 9] = code
+            b = Fp8Array(codes.view(FLOAT8[kind]), np.ones((1, 1, 1), np.float32), WEIGHT_BLOCK, kind)
+            a = np.zeros((1, 128), np.float32)
+            a[0, 0], a[0, 9] = 3e9, tiny
+            expected = np.float32([[0, tiny * codes.view(FLOAT8[kind])[0, 1, 9].astype(np.float32)]])
+            assert_same_bytes(grouped_gemm(a, b, offsets_of(1), backend="cpu"), expected)
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
 @pytest.mark.parametrize("scale", [1.0, 2.0**12, 2.0**45, 2.0**-110])
 def test_codes_that_are_no_numbers(cpu_floor, kind, scale, rng):
     """One NaN or infinity in each of some columns, at every kind of place; other columns keep their bytes."""
