@@ -23,14 +23,31 @@ template <class Body> void over_tokens(const Logits &logits, Body &&body) {
 
 } // namespace
 
+namespace {
+
+// Adds a share's slots to the counts: in place if it is the only one, else by way of a table of its own.
+void count_slots(const GatingArgs &args, int64_t begin, int64_t end, void *scratch) {
+    const bool alone = begin == 0 && end == args.logits.num_tokens;
+    auto *counts = alone ? args.tokens_per_expert : static_cast<int32_t *>(scratch);
+    if (!alone)
+        std::fill_n(counts, args.router.num_experts, 0);
+    for (int64_t i = begin * args.router.top_k; i < end * args.router.top_k; ++i)
+        if (args.topk_idx[i] >= 0)
+            ++counts[args.topk_idx[i]];
+    if (!alone)
+        for (int64_t e = 0; e < args.router.num_experts; ++e)
+            __atomic_fetch_add(args.tokens_per_expert + e, counts[e], __ATOMIC_RELAXED);
+}
+
+} // namespace
+
 void topk_gating(const GatingArgs &args) {
     const auto forward = current_gating_kernels().forward;
-    over_tokens(args.logits, [&](int64_t begin, int64_t end, void *scratch) { forward(args, begin, end, scratch); });
-    // one pass over the ids, 1 ns each, is less than a table per thread would cost
     std::fill_n(args.tokens_per_expert, args.router.num_experts, 0);
-    for (int64_t i = 0; i < args.logits.num_tokens * args.router.top_k; ++i)
-        if (args.topk_idx[i] >= 0)
-            ++args.tokens_per_expert[args.topk_idx[i]];
+    over_tokens(args.logits, [&](int64_t begin, int64_t end, void *scratch) {
+        forward(args, begin, end, scratch);
+        count_slots(args, begin, end, scratch);
+    });
 }
 
 void expert_choice(const ExpertChoiceArgs &args) {
