@@ -2,10 +2,10 @@
 // (an expert's weights, or `a` transposed), and every output byte is the same however they are cut.
 //
 // A round packs a bounded number of X rows once, into memory that all threads read (1.3 % of the arithmetic at N =
-// 1408). Its tasks are runs of about 500 rows by panels of columns that fit half of L2; each thread packs the columns
-// of its task into its own panel and re-uses them for the task's rows. A thread claims its next task before it computes
-// the one at hand, whose tiles leave time to fetch the next one's columns from memory. So one crowded expert is many
-// tasks.
+// 1408). Its tasks are runs of about 500 rows by panels of columns that fit a quarter of L2; each thread packs the
+// columns of its task into its own panel and re-uses them for the task's rows. A thread claims its next task before it
+// computes the one at hand, whose tiles leave time to fetch the next one's columns from memory. So one crowded expert
+// is many tasks.
 #include "cpu/grouped_gemm.h"
 
 #include <algorithm>
@@ -20,9 +20,9 @@
 namespace pyroute::cpu {
 namespace {
 
-constexpr int64_t task_rows = 516;                 // 43 groups
-constexpr int64_t pack_unit = 48;                  // rows that a thread packs at a time: whole cache lines of columns
-constexpr int64_t column_panel_floats = 100 << 10; // 400 KiB of L2
+constexpr int64_t task_rows = 516;                // 43 groups
+constexpr int64_t pack_unit = 48;                 // rows that a thread packs at a time: whole cache lines of columns
+constexpr int64_t column_panel_floats = 68 << 10; // 272 KiB of L2: as much again is on its way
 constexpr int64_t round_floats = 4 << 20;
 constexpr int64_t share_elements = 200 << 10; // packed in 20 us; below that a thread is not worth waking
 constexpr int64_t share_multiply_adds = 1 << 20;

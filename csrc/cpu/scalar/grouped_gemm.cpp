@@ -9,6 +9,10 @@
 // 16 columns keeps 12 x 16 partial sums and as many totals in 24 AVX-512 registers over the whole contraction, or 6 x
 // 16 partial sums in 12 AVX2 registers with the totals in L1. Nothing is summed across a register. A lane of the group
 // (12 KiB at 2048 elements) stays in L1 for four strips, whose lanes stream from L2 at 5 bytes a cycle.
+//
+// Zen 4, one core of 117 GFLOP/s peak, float32, 8 x 512 rows, K 2048, N 1408: 103 GFLOP/s; 64 x 48 rows: 77. Rejected:
+// eight lanes of a column in a register (tiles of 3 x 4: 84; the totals, 12 x 12 x 8, go through memory 8 times as
+// often as here), 12 x 32 sums with totals in memory (80: totals, rows and strips of a block are more than L1).
 #include "cpu/grouped_gemm.h"
 
 #include "cpu/scalar/grouped_gemm_fetch.h"
@@ -112,7 +116,7 @@ template <int rows> PYROUTE_INLINE void join(Sums<rows> &total, int lane, int fi
 // One lane of some rows of a group and a strip, the whole contraction.
 template <int rows, PanelScales scales>
 PYROUTE_INLINE void multiply_rows(const PackedShape &x_shape, const float *x, const PackedShape &y_shape,
-                                  const float *y, int lane, int first_row, Tree &tree) {
+                                  const float *y, int lane, int first_row, Tree &tree, Fetch &fetch) {
     const float *x_scales = x + panel_lanes * x_shape.lane_floats + first_row;
     const float *y_scales = y + panel_lanes * y_shape.lane_floats;
     x += lane * x_shape.lane_floats + first_row;
@@ -121,6 +125,7 @@ PYROUTE_INLINE void multiply_rows(const PackedShape &x_shape, const float *x, co
     Sums<rows> total;
     each<rows>(total, [](Wide &t, int) __attribute__((always_inline)) { t = Wide{}; });
     for (int64_t step = 0; step < x_shape.steps; step += block_steps) {
+        fetch();
         Sums<rows> partial;
         each<rows>(partial, [](Wide &t, int) __attribute__((always_inline)) { t = Wide{}; });
         if (step + block_steps <= x_shape.steps)
@@ -136,21 +141,83 @@ PYROUTE_INLINE void multiply_rows(const PackedShape &x_shape, const float *x, co
     join<rows>(total, lane, first_row, tree);
 }
 
-// Rows past the last are zeros; they are computed by fours.
-template <PanelScales scales>
-void multiply_lane(const PackedShape &x_shape, const float *x, int num_rows, const PackedShape &y_shape, const float *y,
-                   int lane, Tree &tree) {
+// A contraction of one block: two lanes whose totals are siblings in the tree are summed in registers.
+template <int rows, PanelScales scales>
+PYROUTE_INLINE void multiply_rows_of_one_block(const PackedShape &x_shape, const float *x, const PackedShape &y_shape,
+                                               const float *y, int first_row, Tree &tree) {
+    const float *x_scales = x + panel_lanes * x_shape.lane_floats + first_row;
+    const float *y_scales = y + panel_lanes * y_shape.lane_floats;
+    const int steps = static_cast<int>(x_shape.steps);
+    float *const a = tree.a[first_row], *const b = tree.b[first_row];
+    for (int pair = 0; pair < 4; ++pair) {
+        const int lane = lane_order[2 * pair];
+        Sums<rows> total[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+            Sums<rows> partial;
+            each<rows>(partial, [](Wide &t, int) __attribute__((always_inline)) { t = Wide{}; });
+            each<rows>(total[half], [](Wide &t, int) __attribute__((always_inline)) { t = Wide{}; });
+            const int64_t at = lane + 4 * half;
+            add_steps<rows, 1>(x + at * x_shape.lane_floats + first_row, y + at * y_shape.lane_floats, steps, partial);
+            add_partial<rows, scales>(x_scales, y_scales, partial, total[half]);
+        }
+#pragma GCC unroll 12
+        for (int i = 0; i < rows; ++i)
+#pragma GCC unroll 2
+            for (int j = 0; j < vectors; ++j)
+                total[0][i][j] += total[1][i][j];
+        if (lane == 0 || lane == 1) {
+            float *const to = lane == 0 ? a : b;
+            each<rows>(total[0], [&](const Wide &t, int at) __attribute__((always_inline)) { store(to + at, t); });
+        } else if (lane == 2)
+            each<rows>(total[0], [&](const Wide &t, int at)
+                                     __attribute__((always_inline)) { store(a + at, load<Wide>(a + at) + t); });
+        else
+            each<rows>(total[0], [&](const Wide &t, int at) __attribute__((always_inline)) {
+                store(a + at, load<Wide>(a + at) + (load<Wide>(b + at) + t));
+            });
+    }
+}
+
+// function(rows of a tile, its first row) for a group. Rows past the last are zeros; they are computed by fours.
+template <int rows> struct Rows {
+    static constexpr int count = rows;
+};
+template <class Function> PYROUTE_INLINE void each_tile(int num_rows, const Function &function) {
     if (num_rows <= 4)
-        return multiply_rows<4, scales>(x_shape, x, y_shape, y, lane, 0, tree);
-    constexpr int tile = most_tile_rows;
+        return function(Rows<4>{}, 0);
     if (num_rows > 8) {
-        for (int row = 0; row < group_rows; row += tile)
-            multiply_rows<tile, scales>(x_shape, x, y_shape, y, lane, row, tree);
+        for (int row = 0; row < group_rows; row += most_tile_rows)
+            function(Rows<most_tile_rows>{}, row);
         return;
     }
-    constexpr int part = tile > 8 ? 8 : 4;
+    constexpr int part = most_tile_rows > 8 ? 8 : 4;
     for (int row = 0; row < 8; row += part)
-        multiply_rows<part, scales>(x_shape, x, y_shape, y, lane, row, tree);
+        function(Rows<part>{}, row);
+}
+
+template <PanelScales scales>
+void multiply_lane(const PackedShape &x_shape, const float *x, int num_rows, const PackedShape &y_shape, const float *y,
+                   int lane, Tree &tree, Fetch &fetch) {
+    each_tile(num_rows, [&](auto rows, int row) __attribute__((always_inline)) {
+        multiply_rows<decltype(rows)::count, scales>(x_shape, x, y_shape, y, lane, row, tree, fetch);
+    });
+}
+
+template <PanelScales scales>
+void multiply_one_block(const PackedShape &x_shape, const float *x, int num_rows, const PackedShape &y_shape,
+                        const float *y, Tree &tree) {
+    each_tile(num_rows, [&](auto rows, int row) __attribute__((always_inline)) {
+        multiply_rows_of_one_block<decltype(rows)::count, scales>(x_shape, x, y_shape, y, row, tree);
+    });
+}
+
+// The lines of out that will be written, on their way while the sums are computed.
+void fetch_out(const PanelProduct &p, int64_t row, int num_rows, int64_t col) {
+    const int64_t item = p.out_type == ElementType::float32 ? 4 : 2;
+    const char *out = static_cast<const char *>(p.out) + (row * p.out_stride + col) * item;
+    for (int i = 0; i < num_rows; ++i)
+        __builtin_prefetch(out + i * p.out_stride * item, 1);
 }
 
 void write_sums(const PanelProduct &p, int64_t row, int num_rows, int64_t col, int num_cols, const Square &sums) {
@@ -180,19 +247,22 @@ template <PanelScales scales> void multiply_panels(const PanelProduct &p) {
     const PackedShape x_shape = packed_shape(p.length, group_rows), y_shape = packed_shape(p.length, strip_cols);
     const int64_t groups = (p.num_rows + group_rows - 1) / group_rows;
     const int64_t strips = (p.num_cols + strip_cols - 1) / strip_cols;
-    Fetch fetch(p.next, groups * strips * panel_lanes);
+    Fetch fetch(p.next, groups * strips * panel_lanes * x_shape.blocks + 1); // no block: no call
     Tree trees[strips_at_once];
     for (int64_t group = 0; group < groups; ++group) {
         const int num_rows = smaller(p.num_rows - group * group_rows, group_rows);
         const float *x = p.x + group * x_shape.floats;
         for (int64_t first = 0; first < strips; first += strips_at_once) {
             const int count = smaller(strips - first, strips_at_once);
+            for (int i = 0; i < count && x_shape.blocks == 1; ++i) {
+                fetch();
+                fetch_out(p, group * group_rows, num_rows, (first + i) * strip_cols);
+                multiply_one_block<scales>(x_shape, x, num_rows, y_shape, p.y + (first + i) * y_shape.floats, trees[i]);
+            }
             for (int lane : lane_order)
-                for (int i = 0; i < count; ++i) {
-                    fetch();
+                for (int i = 0; i < count && x_shape.blocks != 1; ++i)
                     multiply_lane<scales>(x_shape, x, num_rows, y_shape, p.y + (first + i) * y_shape.floats, lane,
-                                          trees[i]);
-                }
+                                          trees[i], fetch);
             for (int i = 0; i < count; ++i) {
                 const int64_t col = (first + i) * strip_cols;
                 write_sums(p, group * group_rows, num_rows, col, smaller(p.num_cols - col, strip_cols), trees[i].a);
