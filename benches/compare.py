@@ -92,6 +92,8 @@ def run_case(case: bars.Case, everyone: list[peers.Peer], args: argparse.Namespa
             args.interrupted = True
     for cell in cells:  # inputs and results of this case are no longer needed
         cell.work = None
+        if cell.status == "ok" and not cell.samples:
+            cell.status, cell.note = "not reached", "interrupted before its first sample"
     outcome = Outcome(case, problem, cells, limits)
     problem.__dict__.pop("_memo", None)
     return outcome
