@@ -531,6 +531,7 @@ def test_choices_are_a_stable_sort_whatever_the_shortlist(cpu_floor, rng, num_ex
     rows[7] = rng.integers(-1, 2, num_experts) * np.float32(0.0)  # zeros of both signs
     rows[8, rng.integers(num_experts)] = np.nan
     rows[9] = 200 * rows[9]  # exponentials that underflow
+    rows[10:] = np.round(rows[10:] * 2) / 2  # a few ties, inside the shortlist
     for bias in (None, np.zeros(num_experts, np.float32), np.linspace(0, 1, num_experts, dtype=np.float32)):
         for score in ("softmax", "sigmoid", "sqrtsoftplus"):
             config = RouterConfig(num_experts, top_k, score, renormalize="sum")

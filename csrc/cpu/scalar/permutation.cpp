@@ -11,8 +11,9 @@
 // unpermute reads k and writes 1, its backward reads k + 1 and writes k.
 //
 // 4096 tokens of 2048 bfloat16 to 8 rows each, Zen 4, two threads, ms: permute 2.4, which is as long as writing the
-// rows takes (4.4 with plain stores at the ends of rows); expert-order copies of the rows 10. Unpermute 2.7; without
-// fetching ahead 3.1, plain stores 3.6, one row after the other into a sum in L1 5.3.
+// rows takes (4.4 with plain stores at the ends of rows); expert-order copies of the rows 10. Unpermute 3.1; in a probe
+// of the same loops 2.7, without fetching ahead 3.1, with plain stores 3.6, one row after the other into a sum in
+// L1 5.3.
 #include "cpu/permutation.h"
 #include "cpu/elements.h"
 #include "cpu/streaming.h"
