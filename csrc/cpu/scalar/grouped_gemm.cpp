@@ -78,7 +78,7 @@ template <int rows, PanelScales scales>
 PYROUTE_INLINE void add_partial(const float *x_scales, const float *y_scales, Sums<rows> &partial, Sums<rows> &total) {
     alignas(64) float of_row[16];
     if constexpr (scales == PanelScales::per_row)
-        for (int i = 0; i < 16; i += width)
+        for (int i = 0; i < rows; i += width) // no further: x_scales may begin at row 6 of its 16
             store(of_row + i, load<Wide>(x_scales + i) * (y_scales[0] - Wide{}));
 #pragma GCC unroll 12
     for (int i = 0; i < rows; ++i)
