@@ -16,7 +16,7 @@ import numpy as np
 from peers import Column, Peer, Work, reason
 from problems import TOLERANCES, Problem
 
-PAUSE_SECONDS = 0.02
+PAUSE_SECONDS = 0.06
 SAMPLE_SECONDS = 0.004
 COLUMN_SECONDS = 6.0  # a column that has used this up is sampled no more, except for its first round
 
