@@ -85,7 +85,7 @@ PYROUTE_INLINE void multiply_pairs(Block &b, const CodeReader<Format> &reader, i
         for (int i = 0; i < rows; ++i)
             partial[j][i] = _mm512_setzero_ps();
     for (int k = 0; k < length; k += 32) {
-        const auto mask = static_cast<__mmask32>(length - k >= 32 ? -1 : (1 << (length - k)) - 1);
+        const auto mask = static_cast<__mmask32>(length - k >= 32 ? ~0u : (1u << (length - k)) - 1);
 #pragma GCC unroll 8
         for (int j = 0; j < pairs; ++j) {
             const uint8_t *from = y + j * stride + k;
