@@ -23,13 +23,13 @@ namespace {
 
 #if defined(__AVX512F__)
 using Wide = float __attribute__((vector_size(64)));
-constexpr int most_tile_rows = 12;
+constexpr int most_tile_rows = 12, steps_at_once = 4;
 PYROUTE_INLINE Wide multiply_add(const Wide &a, const Wide &b, const Wide &c) {
     return bit_cast<Wide>(_mm512_fmadd_ps(bit_cast<__m512>(a), bit_cast<__m512>(b), bit_cast<__m512>(c)));
 }
 #else
 using Wide = f32x8;
-constexpr int most_tile_rows = 6;
+constexpr int most_tile_rows = 6, steps_at_once = 1; // four: GCC 12 spills sums inside the loop
 PYROUTE_INLINE Wide multiply_add(const Wide &a, const Wide &b, const Wide &c) { return fma(a, b, c); }
 #endif
 constexpr int width = sizeof(Wide) / sizeof(float), vectors = strip_cols / width;
@@ -129,7 +129,7 @@ PYROUTE_INLINE void multiply_rows(const PackedShape &x_shape, const float *x, co
         Sums<rows> partial;
         each<rows>(partial, [](Wide &t, int) __attribute__((always_inline)) { t = Wide{}; });
         if (step + block_steps <= x_shape.steps)
-            add_steps<rows, 4>(x, y, block_steps, partial);
+            add_steps<rows, steps_at_once>(x, y, block_steps, partial);
         else
             add_steps<rows, 1>(x, y, static_cast<int>(x_shape.steps - step), partial);
         add_partial<rows, scales>(x_scales, y_scales, partial, total);
