@@ -27,10 +27,6 @@ constexpr int64_t round_floats = 4 << 20;
 constexpr int64_t share_elements = 200 << 10; // packed in 20 us; below that a thread is not worth waking
 constexpr int64_t share_multiply_adds = 1 << 20;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
-
 struct Product {
     PanelSource x, y;
     int64_t num_rows, num_cols;
@@ -100,7 +96,6 @@ Part part_at(const std::vector<int64_t> &part_ends, int64_t index) {
 struct Output {
     ElementType type;
     bool accumulate;
-    int64_t item_size() const { return type == ElementType::float32 ? 4 : 2; }
 };
 
 class Round {
@@ -149,7 +144,7 @@ class Round {
         product.num_cols = num_cols;
         product.length = p.x.length;
         product.scales = p.scales();
-        product.out = p.out + (run.first_row * p.num_cols + col) * output_.item_size();
+        product.out = p.out + (run.first_row * p.num_cols + col) * item_size(output_.type);
         product.out_type = output_.type;
         product.out_stride = p.num_cols;
         product.accumulate = output_.accumulate;

@@ -10,6 +10,12 @@ void grouped_gemm(const GroupedGemmArgs &args);
 void grouped_gemm_dgrad(const GroupedGemmArgs &args);
 void grouped_gemm_wgrad(const GroupedGemmWgradArgs &args);
 
+// Static: the kernel files of every instruction set see this header.
+static constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+static constexpr int64_t item_size(ElementType type) {
+    return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1;
+}
+
 constexpr int panel_depth = 128; // elements of the contraction between two additions to the totals
 constexpr int panel_lanes = 8;   // lane l of a block takes its elements l, l + 8, ...
 constexpr int group_rows = 12;   // rows of X that are packed together
@@ -22,8 +28,8 @@ struct PackedShape {
     int64_t steps, blocks, lane_floats, floats;
 };
 static constexpr PackedShape packed_shape(int64_t length, int width) {
-    const int64_t steps = (length + panel_lanes - 1) / panel_lanes, blocks = (length + panel_depth - 1) / panel_depth;
-    const int64_t lane_floats = (steps * width + 15) / 16 * 16 + 16;
+    const int64_t steps = divide_up(length, panel_lanes), blocks = divide_up(length, panel_depth);
+    const int64_t lane_floats = divide_up(steps * width, 16) * 16 + 16;
     return {steps, blocks, lane_floats, panel_lanes * lane_floats + 16 * blocks};
 }
 

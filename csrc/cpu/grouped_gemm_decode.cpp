@@ -14,8 +14,6 @@ namespace {
 constexpr int64_t task_bytes = 128 << 10;  // of weights: 10 us of reading
 constexpr int64_t share_bytes = 256 << 10; // below that a thread is not worth waking
 
-int64_t item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
-
 } // namespace
 
 bool DecodeBatch::add(const PanelSource &x, const PanelSource &y, int64_t num_rows, int64_t num_cols, void *out,
@@ -29,7 +27,7 @@ bool DecodeBatch::add(const PanelSource &x, const PanelSource &y, int64_t num_ro
     const int64_t row_bytes = std::max<int64_t>(1, y.length * item_size(y.type));
     entry.num_cols = num_cols;
     entry.task_cols = std::clamp<int64_t>(task_bytes / row_bytes / 8 * 8, 8, decode_totals / num_rows / 8 * 8);
-    entry.end_task = (count_ ? entries_[count_ - 1].end_task : 0) + (num_cols + entry.task_cols - 1) / entry.task_cols;
+    entry.end_task = (count_ ? entries_[count_ - 1].end_task : 0) + divide_up(num_cols, entry.task_cols);
     bytes_ += num_cols * row_bytes;
     ++count_;
     return true;

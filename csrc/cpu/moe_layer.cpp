@@ -26,8 +26,6 @@ constexpr int64_t scale_block = 128;           // of quantised activations
 
 using Bytes = Workspace<uint8_t>;
 
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
 ElementType element_type(FloatType type) {
     return type == FloatType::float32 ? ElementType::float32 : ElementType::bfloat16;
 }

@@ -245,8 +245,8 @@ void write_sums(const PanelProduct &p, int64_t row, int num_rows, int64_t col, i
 
 template <PanelScales scales> void multiply_panels(const PanelProduct &p) {
     const PackedShape x_shape = packed_shape(p.length, group_rows), y_shape = packed_shape(p.length, strip_cols);
-    const int64_t groups = (p.num_rows + group_rows - 1) / group_rows;
-    const int64_t strips = (p.num_cols + strip_cols - 1) / strip_cols;
+    const int64_t groups = divide_up(p.num_rows, group_rows);
+    const int64_t strips = divide_up(p.num_cols, strip_cols);
     Fetch fetch(p.next, groups * strips * panel_lanes * x_shape.blocks + 1); // no block: no call
     Tree trees[strips_at_once];
     for (int64_t group = 0; group < groups; ++group) {

@@ -148,8 +148,6 @@ MultiplyBlock multiply_block_of(ElementType type, int64_t num_rows) {
     }
 }
 
-int item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
-
 // Scales of matrix rows [first, first + count) in one block of the contraction.
 void row_block_scales(const PanelSource &s, int64_t first, int count, int64_t block, float *to) {
     if (!s.keeps_scales) {
