@@ -21,6 +21,7 @@ from typing import Any
 
 import bars
 import harness
+import options
 import peers
 import records
 import report
@@ -30,28 +31,20 @@ import pyroute
 from pyroute.bench.limits import measure_limits
 from pyroute.bench.terminal import UsageError, progress, write_json
 
-undisturbed = contextlib.nullcontext  # held while the clock runs; a shared machine can put a lock here
-
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="compare.py", description="pyroute beside its peers, with its bars.")
+    parser = options.parser(
+        "compare.py",
+        "pyroute beside its peers, with its bars.",
+        rounds=9,
+        quick="pyroute alone on small shapes: whether it runs",
+    )
     parser.add_argument("--rows", default="", help=f"some of {','.join(bars.row_names())}")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--columns", default="", help="only columns whose name contains one of these, with commas")
-    parser.add_argument("--threads", type=int, default=0, help="threads of everybody (default: all)")
-    parser.add_argument("--rounds", type=int, default=9, help="samples a column")
     parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
-    parser.add_argument("--quick", action="store_true", help="pyroute alone on small shapes: whether it runs")
-    parser.add_argument("--json", metavar="FILE", help="write the results, - for standard output")
-    parser.add_argument("--record", action="store_true", help="append to benches/results")
-    args = parser.parse_args(argv)
-    wanted = [row for row in args.rows.split(",") if row]
-    if unknown := [row for row in wanted if row not in bars.row_names()]:
-        raise UsageError(f"--rows: no row {', '.join(unknown)}; there are {', '.join(bars.row_names())}")
-    if args.threads < 0 or args.rounds < 1:
-        raise UsageError("--threads and --rounds must be at least 1")
-    args.rows, args.threads = wanted, args.threads or pyroute.get_num_threads()
-    args.rounds = 3 if args.quick else args.rounds
+    args = options.check(parser.parse_args(argv), quick_rounds=3)
+    args.rows = options.some_of("--rows", args.rows, bars.row_names())
     return args
 
 
@@ -66,30 +59,22 @@ class Outcome:
         self.bars = [(bar, bar.value(self.measured, problem)) for bar in case.bars]
 
 
-def run_case(case: bars.Case, everyone: list[peers.Peer], args: argparse.Namespace, step: Any) -> Outcome | None:
+def run_case(number: int, case: bars.Case, everyone: list[peers.Peer], args: argparse.Namespace) -> Outcome | None:
     problem = case.make(shapes.small if args.quick else lambda s: s)
     if args.case not in f"{problem.op} {problem.case}":
         return None
-    label = f"{problem.op} {problem.case}"
-    cells: list[harness.Cell] = []
-    for peer in everyone:
-        for column in peer.columns:
-            if column.op == problem.op and matches(column.name, args.columns):
-                step(f"{label}: preparing {column.name}")
-                if cell := harness.prepare(problem, peer, column, args.threads):
-                    cells.append(cell)
-    pyroute.set_num_threads(args.threads)
-    limits = []
-    with undisturbed():
-        try:
-            limits.append(measure_limits(quick=True).as_dict())
-            harness.sample(cells, args.threads, args.rounds, cold=args.cold, step=lambda name: step(f"{label}: {name}"))
-            pyroute.set_num_threads(args.threads)
-            limits.append(measure_limits(quick=True).as_dict())
-        except KeyboardInterrupt:  # what was measured stays
-            if not limits:
-                raise
-            args.interrupted = True
+    chosen = [(peer, column) for peer in everyone for column in wanted_columns(peer, problem.op, args.columns)]
+    prepared = [harness.prepare(problem, peer, column, args.threads) for peer, column in chosen]
+    cells = [cell for cell in prepared if cell]
+    limits: list[dict[str, Any]] = []
+    try:
+        limits.append(machine_limits(args.threads))
+        harness.sample(cells, args.threads, args.rounds, cold=args.cold)
+        limits.append(machine_limits(args.threads))
+    except KeyboardInterrupt:  # what was measured stays
+        if not limits:
+            raise
+        args.interrupted = True
     for cell in cells:  # inputs and results of this case are no longer needed
         cell.work = None
         if cell.status == "ok" and not cell.samples:
@@ -97,6 +82,20 @@ def run_case(case: bars.Case, everyone: list[peers.Peer], args: argparse.Namespa
     outcome = Outcome(case, problem, cells, limits)
     problem.__dict__.pop("_memo", None)
     return outcome
+
+
+def wanted_columns(peer: peers.Peer, op: str, names: str) -> list[peers.Column]:
+    """Those of the operation whose name contains one of the names with commas between them."""
+    return [
+        column
+        for column in peer.columns
+        if column.op == op and (not names or any(part in column.name for part in names.split(",")))
+    ]
+
+
+def machine_limits(threads: int) -> dict[str, Any]:
+    pyroute.set_num_threads(threads)
+    return measure_limits(quick=True).as_dict()
 
 
 @contextlib.contextmanager
@@ -117,18 +116,15 @@ def quiet_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def matches(name: str, wanted: str) -> bool:
-    return not wanted or any(part in name for part in wanted.split(","))
-
-
-def run(args: argparse.Namespace, everyone: list[peers.Peer], cases: list[bars.Case]) -> list[Outcome]:
+def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     args.interrupted = False
+    cases = [(number, case) for number, case in enumerate(bars.cases()) if case.row in args.rows]
     with progress(len(cases)) as step:
-        for case in cases:
+        for number, case in cases:
             step(case.row)
             try:
-                outcome = run_case(case, everyone, args, lambda what: None)
+                outcome = run_case(number, case, everyone, args)
                 outcomes += [outcome] if outcome else []
             except KeyboardInterrupt:
                 args.interrupted = True
@@ -141,11 +137,10 @@ def run(args: argparse.Namespace, everyone: list[peers.Peer], cases: list[bars.C
 def main(argv: list[str] | None = None) -> int:
     try:
         args = arguments(argv)
-        chosen = [case for case in bars.cases() if not args.rows or case.row in args.rows]
         started, facts = time.time(), records.common_facts()
         with quiet_stdout():
             everyone = list(peers.load(("ours",) if args.quick else peers.MODULES))
-            outcomes = run(args, everyone, chosen)
+            outcomes = run(args, everyone)
         lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
         if args.json:
             write_json({**facts, "seconds": time.time() - started, "lines": lines}, args.json)

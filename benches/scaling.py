@@ -17,17 +17,16 @@ from typing import Any, NamedTuple
 
 import harness
 import numpy as np
+import options
 import records
 import report
 import scaling_cases as cases
-from compare import undisturbed as _undisturbed
 from peers import Work
 
 import pyroute
 from pyroute.bench.limits import measure_limits
 from pyroute.bench.terminal import UsageError, duration, progress, write_json
 
-undisturbed = _undisturbed
 PARTS = ("growth", "threads", "loads", "sizes")
 
 
@@ -63,8 +62,7 @@ def measure(works: list[tuple[str, Work, int]], rounds: int) -> list[harness.Cel
         cell.work, seconds = work, harness._time(work, 1)
         cell.calls = max(1, int(harness.SAMPLE_SECONDS / max(seconds, 1e-7)))
         cells.append(cell)
-    with undisturbed():
-        harness.sample(cells, 0, rounds)
+    harness.sample(cells, 0, rounds)
     return cells
 
 
@@ -164,23 +162,14 @@ def show(lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scaling.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--ops", default=",".join(cases.BUILD), help=f"some of {','.join(cases.BUILD)}")
-    parser.add_argument("--threads", type=int, default=0, help="threads (default: all)")
-    parser.add_argument("--rounds", type=int, default=7, help="samples a point")
-    parser.add_argument("--quick", action="store_true", help="three points an axis, one sample each")
-    parser.add_argument("--json", metavar="FILE", help="write the results, - for standard output")
+    description = __doc__.splitlines()[0]
+    parser = options.parser("scaling.py", description, rounds=7, quick="three points an axis, one sample each")
+    parser.add_argument("--parts", default="", help=f"some of {','.join(PARTS)}")
+    parser.add_argument("--ops", default="", help=f"some of {','.join(cases.BUILD)}")
     parser.add_argument("--plot", metavar="FOLDER", help="draw scaling_<op>.png there")
-    parser.add_argument("--record", action="store_true", help="append to benches/results")
-    args = parser.parse_args(argv)
-    args.parts, args.ops = args.parts.split(","), args.ops.split(",")
-    for name, given, known in (("--parts", args.parts, PARTS), ("--ops", args.ops, tuple(cases.BUILD))):
-        if unknown := [one for one in given if one not in known]:
-            raise UsageError(f"{name}: no {', '.join(unknown)}; there are {', '.join(known)}")
-    if args.threads < 0 or args.rounds < 1:
-        raise UsageError("--threads and --rounds must be at least 1")
-    args.threads, args.rounds = args.threads or pyroute.get_num_threads(), 1 if args.quick else args.rounds
+    args = options.check(parser.parse_args(argv), quick_rounds=1)
+    args.parts = options.some_of("--parts", args.parts, PARTS)
+    args.ops = options.some_of("--ops", args.ops, tuple(cases.BUILD))
     return args
 
 
@@ -189,9 +178,9 @@ def main(argv: list[str] | None = None) -> int:
         args = arguments(argv)
         lines: list[dict[str, Any]] = []
         status, facts = 0, records.common_facts()
-        todo = [(part, op) for part in args.parts for op in args.ops if part in cases.parts_of(op)]
-        with progress(len(todo)) as step:
-            for part, op in todo:
+        pieces = [(part, op) for part in args.parts for op in args.ops if part in cases.parts_of(op)]
+        with progress(len(pieces)) as step:
+            for part, op in pieces:
                 step(f"{part} {op}")
                 try:
                     lines += MEASURES[part](op, args)

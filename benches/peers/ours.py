@@ -82,64 +82,35 @@ def quantize(p, name):
     return Work(lambda: pyroute.quantize_fp8(p.x, out=out), read)
 
 
-def _gemm(p, a, w):
-    out = pyroute.grouped_gemm(a, w, p.offsets)
-    return Work(lambda: pyroute.grouped_gemm(a, w, p.offsets, out=out))
+PRODUCTS = {
+    "gemm": pyroute.grouped_gemm,
+    "dgrad": pyroute.grouped_gemm_dgrad,
+    "wgrad": pyroute.grouped_gemm_wgrad,
+}
+OPERANDS = (  # operation, format and tolerance of a column, its two operands
+    ("gemm", "float32", "float32", lambda p: (p.a, p.w32)),
+    ("gemm", "bfloat16", "bfloat16", lambda p: (p.a16, p.w16)),
+    ("gemm", "FP8", "fp8", lambda p: (p.a16, p.w8)),
+    ("gemm", "FP8 both", "fp8 both", lambda p: (pyroute.quantize_fp8(p.a), p.w8)),
+    ("dgrad", "float32", "float32", lambda p: (p.grad, p.w32)),
+    ("dgrad", "bfloat16", "bfloat16", lambda p: (p.grad16, p.w16)),
+    ("dgrad", "FP8", "fp8", lambda p: (p.grad16, p.w8)),
+    ("wgrad", "float32", "float32", lambda p: (p.grad, p.a)),
+    ("wgrad", "bfloat16", "bfloat16", lambda p: (p.grad16, p.a16)),
+)
 
 
-@ours("gemm", "pyroute float32")
-def gemm_float32(p, name):
-    return _gemm(p, p.a, p.w32)
+def product(operands):
+    def build(p, name):
+        multiply, (left, right) = PRODUCTS[p.op], operands(p)
+        out = multiply(left, right, p.offsets)
+        return Work(lambda: multiply(left, right, p.offsets, out=out))
+
+    return build
 
 
-@ours("gemm", "pyroute bfloat16", kind="bfloat16")
-def gemm_bfloat16(p, name):
-    return _gemm(p, p.a16, p.w16)
-
-
-@ours("gemm", "pyroute FP8", kind="fp8")
-def gemm_fp8(p, name):
-    return _gemm(p, p.a16, p.w8)
-
-
-@ours("gemm", "pyroute FP8 both", kind="fp8 both")
-def gemm_fp8_both(p, name):
-    return _gemm(p, pyroute.quantize_fp8(p.a), p.w8)
-
-
-def _dgrad(p, grad, w):
-    out = pyroute.grouped_gemm_dgrad(grad, w, p.offsets)
-    return Work(lambda: pyroute.grouped_gemm_dgrad(grad, w, p.offsets, out=out))
-
-
-@ours("dgrad", "pyroute float32")
-def dgrad_float32(p, name):
-    return _dgrad(p, p.grad, p.w32)
-
-
-@ours("dgrad", "pyroute bfloat16", kind="bfloat16")
-def dgrad_bfloat16(p, name):
-    return _dgrad(p, p.grad16, p.w16)
-
-
-@ours("dgrad", "pyroute FP8", kind="fp8")
-def dgrad_fp8(p, name):
-    return _dgrad(p, p.grad16, p.w8)
-
-
-def _wgrad(p, grad, a):
-    out = pyroute.grouped_gemm_wgrad(grad, a, p.offsets)
-    return Work(lambda: pyroute.grouped_gemm_wgrad(grad, a, p.offsets, out=out))
-
-
-@ours("wgrad", "pyroute float32")
-def wgrad_float32(p, name):
-    return _wgrad(p, p.grad, p.a)
-
-
-@ours("wgrad", "pyroute bfloat16", kind="bfloat16")
-def wgrad_bfloat16(p, name):
-    return _wgrad(p, p.grad16, p.a16)
+for op, kind, tolerance, operands in OPERANDS:
+    ours(op, f"pyroute {kind}", kind=tolerance)(product(operands))
 
 
 def _layer(p, kind: str, x, **options):

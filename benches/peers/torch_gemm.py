@@ -20,37 +20,26 @@ def segments(p) -> list[tuple[int, slice]]:
     return [(e, slice(int(a), int(b))) for e, (a, b) in enumerate(zip(p.offsets, p.offsets[1:], strict=False)) if b > a]
 
 
-def _bmm(p, left, right, out_shape, read=array):
-    """torch.bmm into memory that has been touched."""
-    out = torch.zeros(out_shape)
-    return Work(lambda: torch.bmm(left, right, out=out), read)
-
-
 @column("gemm", "torch bmm float32")
-def bmm(p):
-    if not equal_rows(p):
-        return None
-    experts, outer, inner = p.sizes
-    a, w = tensor(p.a).view(experts, -1, inner), tensor(p.w32)
-    return _bmm(p, a, w.transpose(1, 2), (experts, a.shape[1], outer), lambda y: array(y).reshape(-1, outer))
-
-
 @column("dgrad", "torch bmm float32")
-def bmm_dgrad(p):
-    if not equal_rows(p):
-        return None
-    experts, outer, inner = p.sizes
-    grad, w = tensor(p.grad).view(experts, -1, outer), tensor(p.w32)
-    return _bmm(p, grad, w, (experts, grad.shape[1], inner), lambda y: array(y).reshape(-1, inner))
-
-
 @column("wgrad", "torch bmm float32")
-def bmm_wgrad(p):
+def bmm(p):
+    """Into memory that has been touched."""
     if not equal_rows(p):
         return None
-    experts, outer, inner = p.sizes
-    grad, a = tensor(p.grad).view(experts, -1, outer), tensor(p.a).view(experts, -1, inner)
-    return _bmm(p, grad.transpose(1, 2), a, (experts, outer, inner))
+
+    def batch(x):
+        return tensor(x).view(p.sizes[0], -1, x.shape[-1])
+
+    if p.op == "gemm":
+        left, right = batch(p.a), tensor(p.w32).transpose(1, 2)
+    elif p.op == "dgrad":
+        left, right = batch(p.grad), tensor(p.w32)
+    else:
+        left, right = batch(p.grad).transpose(1, 2), batch(p.a)
+    out = torch.zeros(*left.shape[:2], right.shape[2])
+    shape = out.shape if p.op == "wgrad" else (-1, out.shape[2])
+    return Work(lambda: torch.bmm(left, right, out=out), lambda y: array(y).reshape(shape))
 
 
 def _loop(p, a, weight, out_type=torch.float32):
