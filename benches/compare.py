@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import alone
 import bars
 import harness
 import options
@@ -64,13 +65,17 @@ def run_case(number: int, case: bars.Case, everyone: list[peers.Peer], args: arg
     if args.case not in f"{problem.op} {problem.case}":
         return None
     chosen = [(peer, column) for peer in everyone for column in wanted_columns(peer, problem.op, args.columns)]
-    prepared = [harness.prepare(problem, peer, column, args.threads) for peer, column in chosen]
+    prepared = [harness.prepare(problem, peer, column, args.threads) for peer, column in chosen if not column.alone]
     cells = [cell for cell in prepared if cell]
     limits: list[dict[str, Any]] = []
     try:
         limits.append(machine_limits(args.threads))
         harness.sample(cells, args.threads, args.rounds, cold=args.cold)
         limits.append(machine_limits(args.threads))
+        for peer in everyone:
+            if columns := [column for other, column in chosen if other is peer and column.alone]:
+                cells += alone.measure(number, peer, columns, args)
+                limits.append(machine_limits(args.threads))
     except KeyboardInterrupt:  # what was measured stays
         if not limits:
             raise

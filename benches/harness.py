@@ -2,7 +2,7 @@
 the machine falls on all of them alike.
 
 A sample is one call, or as many calls as fill ``SAMPLE_SECONDS``; before it the process sleeps a little, so that the
-thread pools of the others stop spinning. docs/benchmarking.md holds the rules.
+thread pools of the others stop spinning, and then the column wakes its own. docs/benchmarking.md holds the rules.
 """
 
 from __future__ import annotations
@@ -10,15 +10,19 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import numpy as np
 from peers import Column, Peer, Work, reason
 from problems import TOLERANCES, Problem
 
 PAUSE_SECONDS = 0.06
-SAMPLE_SECONDS = 0.004
+WAKE_SECONDS = 0.01  # untimed calls after the pause: until a thread has woken a call may take a tick of the scheduler
+SAMPLE_SECONDS = 0.02  # several such ticks of 4 ms
 COLUMN_SECONDS = 6.0  # a column that has used this up is sampled no more, except for its first round
+
+
+def no_threads(n: int) -> None:
+    """Of what has no switch for them."""
 
 
 @dataclasses.dataclass
@@ -35,9 +39,10 @@ class Cell:
     tolerance: float = 0.0
     samples: list[float] = dataclasses.field(default_factory=list)
     work: Work | None = None
-    set_threads: Callable[[int], object] = lambda n: None
+    set_threads: Callable[[int], object] = no_threads
     calls: int = 1
     spent: float = 0.0
+    alone: bool = False
 
     @property
     def timed(self) -> bool:
@@ -67,10 +72,7 @@ def prepare(problem: Problem, peer: Peer, column: Column, threads: int) -> Cell 
             cell.status, cell.note = "wrong answer", f"error {cell.error:.1e} over {cell.tolerance:.0e}"
             return cell
         cell.work = work
-        seconds = _time(work, 1)
-        if seconds < SAMPLE_SECONDS:
-            seconds = _time(work, 3)
-            cell.calls = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-7)))
+        cell.calls = calls_of_a_sample(work)
     except Exception as error:  # a peer may fail in any way; the table says how
         cell.status, cell.note = "failed", reason(error)
     return cell
@@ -82,19 +84,18 @@ def sample(
     rounds: int,
     *,
     cold: bool = False,
-    step: Callable[[str], Any] = lambda what: None,
+    pause: float | None = None,
 ) -> None:
     """Rounds over all cells that are ready; the order is turned by one each time. Interrupted: what is there stays."""
     ready = [cell for cell in cells if cell.work is not None]
     for i in range(rounds):
         for cell in ready[i % max(1, len(ready)) :] + ready[: i % max(1, len(ready))]:
-            if i and cell.spent > COLUMN_SECONDS:
+            if cell.work is None or (i and cell.spent > COLUMN_SECONDS):  # it failed, or has had its time
                 continue
-            step(cell.name)
-            _sample(cell, threads, cold)
+            _sample(cell, threads, cold, PAUSE_SECONDS if pause is None else pause)
 
 
-def _sample(cell: Cell, threads: int, cold: bool) -> None:
+def _sample(cell: Cell, threads: int, cold: bool, pause: float) -> None:
     assert cell.work is not None
     cell.set_threads(threads)
     if cell.work.before:
@@ -103,16 +104,35 @@ def _sample(cell: Cell, threads: int, cold: bool) -> None:
     if cold:
         calls = 1
         _evict()
-    time.sleep(PAUSE_SECONDS)
-    if not cold and cell.calls > 1:  # one call wakes the column's own threads; long calls do not notice
-        cell.work.run()
+    time.sleep(pause)
     try:
+        if not cold:
+            _wake(cell)
         seconds = _time(cell.work, calls)
     except Exception as error:
         cell.status, cell.note, cell.work = "failed", reason(error), None
         return
     cell.samples.append(seconds)
     cell.spent += seconds * calls
+
+
+def calls_of_a_sample(work: Work) -> int:
+    seconds = _time(work, 1)
+    if seconds < SAMPLE_SECONDS:
+        seconds = _time(work, 3)
+    return max(1, int(SAMPLE_SECONDS / max(seconds, 1e-7)))
+
+
+def _wake(cell: Cell) -> None:
+    """Calls that are not timed; those of over 0.2 s, which do not notice, are spared."""
+    assert cell.work is not None
+    if cell.calls == 1 and cell.samples and cell.samples[0] > 0.2:
+        return
+    end = time.perf_counter() + WAKE_SECONDS
+    while True:
+        cell.work.run()
+        if time.perf_counter() >= end:
+            return
 
 
 def _time(work: Work, calls: int) -> float:

@@ -60,6 +60,8 @@ def lines(outcome: Any, args: Any) -> Iterator[dict[str, Any]]:
         }
         if cell.note:
             line["note"] = cell.note
+        if cell.alone:
+            line["alone"] = True
         if cell.timed:
             line |= {
                 "median_s": cell.median,
@@ -134,6 +136,8 @@ def table(outcome: Any) -> tuple[str, tuple[str, ...], list[list[Cell]], list[st
         spread = f"{duration(cell.percentile(10))} - {duration(cell.percentile(90))}"
         share = f"{share_of_limit(outcome, cell.median):.0%}" if m.fma_gflops else ""
         error = "exact" if cell.error == 0 else f"{cell.error:.0e}"
+        if cell.alone:
+            notes.append(f"{cell.name}: in a process of its own, after the others")
         texts = duration(cell.median), spread, rate(outcome, cell.median), share, f"{ratio:.2f}" if ratio else "", error
         rows.append([name, *map(Cell, texts)])
     header = ("column", "median", "p10 - p90", "rate", "of limit", "/ pyroute", "error")

@@ -59,10 +59,11 @@ def measure(works: list[tuple[str, Work, int]], rounds: int) -> list[harness.Cel
         cell.set_threads = lambda n, threads=threads: pyroute.set_num_threads(threads)
         cell.set_threads(threads)
         work.run()
-        cell.work, seconds = work, harness._time(work, 1)
-        cell.calls = max(1, int(harness.SAMPLE_SECONDS / max(seconds, 1e-7)))
+        cell.work, cell.calls = work, harness.calls_of_a_sample(work)
         cells.append(cell)
-    harness.sample(cells, 0, rounds)
+    harness.sample(cells, 0, rounds, pause=0.0)  # nobody else's threads are here
+    for cell in cells:
+        cell.work = None
     return cells
 
 

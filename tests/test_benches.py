@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,9 +14,12 @@ BENCHES = Path(__file__).resolve().parent.parent / "benches"
 pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="needs the source tree")
 
 FAKE = """
+import os
+from pathlib import Path
 from peers import Work, column
 import pyroute
 NAME = "fake"
+HERE = Path(__file__).parent
 calls = 0
 
 def version():
@@ -45,6 +49,13 @@ def breaks(p):
             raise FAULT
         return gating(p)
     return Work(run, lambda g: (g.topk_weights, g.topk_idx))
+
+@column("gate", "fake alone", alone=True)
+def alone(p):
+    (HERE / "alone").write_text(str(os.getpid()))
+    if (HERE / "crash").exists():
+        os._exit(3)
+    return Work(lambda: gating(p), lambda g: (g.topk_weights, g.topk_idx))
 
 @column("gate", "fake does not apply")
 def does_not_apply(p):
@@ -116,6 +127,28 @@ def test_faults_of_a_peer_are_shown(fake, capsys):
     assert "fake does not apply" not in line
     for text in ("wrong answer", "no kernel for this machine", "out of luck"):
         assert text in printed
+
+
+def test_a_column_that_disturbs_others_has_its_own_process(fake, tmp_path, capsys):
+    _, lines = fake("RuntimeError")
+    line = by_column(lines)["fake alone"]
+    assert int((tmp_path / "alone").read_text()) != os.getpid()
+    assert line["alone"] is True
+    assert line["median_s"] > 0
+    assert line["rounds"] == 3
+    assert line["ratio_to_pyroute"] > 0
+    assert "alone" not in by_column(lines)["fake right"]
+    assert "fake alone: in a process of its own" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_is_a_failed_column(fake, tmp_path):
+    (tmp_path / "crash").touch()
+    code, lines = fake("RuntimeError")
+    line = by_column(lines)
+    assert code == 0
+    assert line["fake alone"]["status"] == "failed"
+    assert "terminated" in line["fake alone"]["note"]
+    assert line["fake right"]["median_s"] > 0
 
 
 def test_an_interrupted_run_keeps_what_was_measured(fake, capsys):

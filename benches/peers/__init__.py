@@ -49,13 +49,15 @@ class Column(NamedTuple):
     build: Callable[[Any], Work | None]
     kind: str  # what the numbers pass through, for the tolerance: problems.TOLERANCES
     module: str
+    alone: bool = False  # in a process of its own: its threads go on spinning after a call
 
 
-def column(op: str, name: str, *, kind: str = "float32") -> Callable[[Callable], Callable]:
+def column(op: str, name: str, *, kind: str = "float32", alone: bool = False) -> Callable[[Callable], Callable]:
     """Register a function ``problem -> Work`` as a column of the op's tables."""
 
     def register(build: Callable[[Any], Work | None]) -> Callable[[Any], Work | None]:
-        _columns.setdefault(build.__module__, []).append(Column(op, name, build, kind, build.__module__))
+        module = build.__module__
+        _columns.setdefault(module, []).append(Column(op, name, build, kind, module, alone))
         return build
 
     return register

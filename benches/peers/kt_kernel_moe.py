@@ -1,4 +1,7 @@
-"""kt-kernel (KTransformers): the one other CPU library that multiplies experts in 128 x 128 block FP8."""
+"""kt-kernel (KTransformers): the one other CPU library that multiplies experts in 128 x 128 block FP8.
+
+Its pool spins on for longer than the pause between columns, so it runs alone.
+"""
 
 from __future__ import annotations
 
@@ -78,11 +81,11 @@ def layer(p, kind: str):
     return Work(run, array)
 
 
-@column("layer", "kt-kernel FP8", kind="fp8")
+@column("layer", "kt-kernel FP8", kind="fp8", alone=True)
 def layer_fp8(p):
     return layer(p, "fp8")
 
 
-@column("layer", "kt-kernel bfloat16", kind="bfloat16")
+@column("layer", "kt-kernel bfloat16", kind="bfloat16", alone=True)
 def layer_bfloat16(p):
     return layer(p, "bfloat16")
