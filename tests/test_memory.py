@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import weakref
 
 import numpy as np
@@ -240,6 +241,34 @@ def test_a_forked_child_keeps_nothing_of_its_parent():
     print(live[5])
     """
     assert run(code, PYROUTE_CACHE_LIMIT="1G").strip() == "1"
+
+
+def lazily_free() -> int:
+    """Bytes of this process that the kernel may take when it runs short; skips where it does not say."""
+    try:
+        with open("/proc/self/smaps_rollup") as rollup:
+            return next(int(line.split()[1]) << 10 for line in rollup if line.startswith("LazyFree"))
+    except (OSError, StopIteration):
+        pytest.skip("no LazyFree in /proc/self/smaps_rollup")
+
+
+def test_large_blocks_are_offered_to_the_system_once_they_are_idle():
+    sizes = (24 * MiB, 20 * MiB, 8 * MiB)  # the last one too small to be offered
+    arrays = [empty(size) for size in sizes]
+    for array in arrays:
+        array[:] = 1
+    before = lazily_free()
+    del arrays[:], array
+    assert lazily_free() == before  # the next call will want them
+    time.sleep(1.1)
+    busy = empty(24 * MiB)
+    busy[:] = 2
+    del busy  # only now is anything looked at
+    assert lazily_free() - before == 20 * MiB
+    again = empty(20 * MiB)
+    again[:] = 3
+    assert lazily_free() == before
+    assert (again == 3).all()
 
 
 def test_kept_memory_makes_room_before_a_memory_error():
