@@ -4,7 +4,8 @@ A result of 64 KiB or more is an ordinary array that owns its data (it may be vi
 for ever). When its last reference goes its memory is kept for the next result of that size. At most a sixteenth of
 the machine's or container's memory is kept, or ``PYROUTE_CACHE_LIMIT`` (bytes, or a number with K, M or G); what was
 unused longest goes first. Of blocks of 16 MiB and more that had no use for a second the next result to go tells the
-system, which takes their pages when memory is short; a failed allocation releases everything that is kept and tries again before it is a MemoryError.
+system, which takes their pages when memory is short; a failed allocation releases everything that is kept and tries
+again before it is a MemoryError.
 """
 
 from __future__ import annotations
