@@ -2,6 +2,7 @@
 
 from ._backend import BackendInfo, backends, get_num_threads, set_num_threads
 from ._moe_arguments import MoeGradients
+from .checkpoints import Experts, expert_layers, load_experts, save_experts
 from .gating import Gating, topk_gating, topk_gating_backward
 from .gating_expert_choice import ExpertChoice, expert_choice_gating
 from .gating_losses import balance_loss, update_bias, z_loss
@@ -26,6 +27,7 @@ __all__ = [
     "BackendInfo",
     "CacheInfo",
     "ExpertChoice",
+    "Experts",
     "Fp8Array",
     "Gating",
     "MoeGradients",
@@ -39,10 +41,12 @@ __all__ = [
     "dequantize_fp8",
     "empty_cache",
     "expert_choice_gating",
+    "expert_layers",
     "get_num_threads",
     "grouped_gemm",
     "grouped_gemm_dgrad",
     "grouped_gemm_wgrad",
+    "load_experts",
     "moe_backward",
     "moe_forward",
     "permute",
@@ -51,6 +55,7 @@ __all__ = [
     "plan_routes",
     "presets",
     "quantize_fp8",
+    "save_experts",
     "set_cache_limit",
     "set_num_threads",
     "topk_gating",

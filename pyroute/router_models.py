@@ -145,6 +145,12 @@ def from_model_config(model_config: Any) -> RouterConfig:
     return RouterConfig(score_stage=rule.score_stage, weight_on=rule.weight_on, **fields)
 
 
+def num_experts_of(model_config: Mapping[str, Any]) -> int | None:
+    """What a configuration says of its language model's routed experts; None if nothing, or a number per layer."""
+    number = _read(_text_part(model_config), "num_experts")
+    return number if isinstance(number, int) else None
+
+
 def _as_mapping(model_config: Any) -> Mapping[str, Any]:
     if hasattr(model_config, "to_dict") and not isinstance(model_config, type):
         model_config = model_config.to_dict()

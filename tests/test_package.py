@@ -49,7 +49,7 @@ def test_import_loads_neither_torch_nor_cupy_and_starts_no_thread():
         import sys, os
         before = len(os.listdir("/proc/self/task"))
         import pyroute
-        heavy = {"torch", "cupy", "jax", "transformers", "rich", "scipy"} & set(sys.modules)
+        heavy = {"torch", "cupy", "jax", "transformers", "rich", "safetensors", "scipy"} & set(sys.modules)
         assert not heavy, heavy
         # NumPy's BLAS starts its own threads on import; ours must add none
         import numpy

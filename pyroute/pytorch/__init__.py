@@ -1,5 +1,6 @@
 """PyTorch on the core: ops with gradients that compile, and the modules made of them. Importing it imports torch."""
 
+from .checkpoints import Fp8Experts, load_experts
 from .experts import GroupedExperts, MoELayer, SharedExpert
 from .gating import OPS_TO_SAVE, balance_loss, topk_gating, z_loss
 from .grouped_gemm import grouped_gemm
@@ -11,6 +12,7 @@ from .router_logits import router_logits
 
 __all__ = [
     "OPS_TO_SAVE",
+    "Fp8Experts",
     "Fp8Tensor",
     "GroupedExperts",
     "MoELayer",
@@ -21,6 +23,7 @@ __all__ = [
     "balance_loss",
     "dequantize_fp8",
     "grouped_gemm",
+    "load_experts",
     "moe_forward",
     "permute",
     "permute_quantize",
