@@ -24,7 +24,7 @@ import scaling_cases as cases
 from peers import Work
 
 import pyroute
-from pyroute.bench.limits import measure_limits
+from pyroute.bench.limits import Limits, measure_limits
 from pyroute.bench.terminal import UsageError, duration, progress, write_json
 
 PARTS = ("growth", "threads", "loads", "sizes")
@@ -36,6 +36,7 @@ class Fit(NamedTuple):
     start: float
     slope: float
     worst: float  # largest relative distance of a point
+    power: float  # slope of the logarithms: 1 where time grows as x does, less where a start is in it
 
     @classmethod
     def of(cls, x: np.ndarray, y: np.ndarray) -> Fit:
@@ -48,7 +49,8 @@ class Fit(NamedTuple):
             if (full >= 0).all():
                 candidates.append((float(np.sum((full[0] / y + full[1] * x / y - 1) ** 2)), full))
         start, slope = min(candidates, key=lambda one: one[0])[1]
-        return cls(float(start), float(slope), float(np.abs((start + slope * x) / y - 1).max()))
+        worst = np.abs((start + slope * x) / y - 1).max()
+        return cls(float(start), float(slope), float(worst), float(np.polyfit(np.log(x), np.log(y), 1)[0]))
 
 
 def measure(works: list[tuple[str, Work, int]], rounds: int) -> list[harness.Cell]:
@@ -67,7 +69,7 @@ def measure(works: list[tuple[str, Work, int]], rounds: int) -> list[harness.Cel
     return cells
 
 
-def line(op: str, case: str, cells: list[harness.Cell], **facts: Any) -> dict[str, Any]:
+def line(op: str, case: str, cells: list[harness.Cell], args: argparse.Namespace, **facts: Any) -> dict[str, Any]:
     return {
         "op": op,
         "case": case,
@@ -76,6 +78,8 @@ def line(op: str, case: str, cells: list[harness.Cell], **facts: Any) -> dict[st
         "points": [cell.name for cell in cells],
         **{f"{key}_s": [cell.percentile(q) for cell in cells] for key, q in (("median", 50), ("p10", 10), ("p90", 90))},
         "rounds": min(len(cell.samples) for cell in cells),
+        "threads": args.threads,
+        "limits": args.limits.as_dict(),
         **facts,
     }
 
@@ -88,20 +92,27 @@ def growth(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         cells = measure(works, args.rounds)
         x = np.array([float(getattr(s, axis)) for s in sizes])
         fit = Fit.of(x, np.array([cell.median for cell in cells]))
-        lines.append(line(op, f"growth with {axis}", cells, x=x.tolist(), fit=fit._asdict(), threads=args.threads))
+        facts = {"x": x.tolist(), "fit": fit._asdict(), "least_s": least(op, sizes, args.limits)}
+        lines.append(line(op, f"growth with {axis}", cells, args, **facts))
     return lines
+
+
+def least(op: str, sizes: list[cases.Sizes], limits: Limits) -> list[float]:
+    """Seconds below which the memory's or the processor's rate does not allow any point; none without those rates."""
+    if limits.fma_gflops is None:
+        return []
+    needs = [cases.least(op, s) for s in sizes]
+    return [max(moved / limits.copy_gbs, flops / limits.fma_gflops) / 1e9 for moved, flops in needs]
 
 
 def threads(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Time on one thread over n times the time on n; beside it what the memory's own rates would allow."""
     work = cases.BUILD[op](cases.LARGE[op])
     cells = measure([("1", work, 1), (str(args.threads), work, args.threads)], args.rounds)
-    pyroute.set_num_threads(args.threads)
-    limits = measure_limits(quick=True)
+    limits = args.limits
     efficiency = cells[0].median / cells[1].median / args.threads
     memory = (limits.copy_gbs / limits.copy_gbs_one_thread / args.threads) if limits.copy_gbs_one_thread else None
-    facts = {"efficiency": efficiency, "efficiency_of_copy": memory, "threads": args.threads}
-    return [line(op, "threads", cells, **facts)]
+    return [line(op, "threads", cells, args, efficiency=efficiency, efficiency_of_copy=memory)]
 
 
 def loads(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -109,7 +120,7 @@ def loads(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     works = [(load, cases.BUILD[op](cases.LARGE[op]._replace(load=load)), args.threads) for load in cases.LOADS]
     cells = measure(works, args.rounds)
     loss = max(cell.median for cell in cells) / cells[0].median - 1
-    return [line(op, "loads", cells, loss=loss, threads=args.threads)]
+    return [line(op, "loads", cells, args, loss=loss)]
 
 
 def sizes(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -125,7 +136,7 @@ def sizes(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         cells = measure(works, args.rounds)
         per_work = [cell.median / cases.work(op, s) for cell, s in zip(cells, three, strict=True)]
         excess = per_work[1] / ((per_work[0] + per_work[2]) / 2) - 1
-        lines.append(line(op, f"size {axis}={size}", cells, excess=excess, threads=args.threads))
+        lines.append(line(op, f"size {axis}={size}", cells, args, excess=excess))
     return lines
 
 
@@ -180,6 +191,8 @@ def main(argv: list[str] | None = None) -> int:
         lines: list[dict[str, Any]] = []
         status, facts = 0, records.common_facts()
         pieces = [(part, op) for part in args.parts for op in args.ops if part in cases.parts_of(op)]
+        pyroute.set_num_threads(args.threads)
+        args.limits = measure_limits(quick=True)
         with progress(len(pieces)) as step:
             for part, op in pieces:
                 step(f"{part} {op}")

@@ -110,6 +110,20 @@ def work(op: str, s: Sizes) -> float:
     }[op]
 
 
+def least(op: str, s: Sizes) -> tuple[int, int]:
+    """Bytes that must be moved and operations that must be computed at least, each once."""
+    rows, codes = s.T * s.k, s.T * s.H
+    used = np.count_nonzero(np.bincount(ids(s).reshape(-1))) if op in WITH_WEIGHTS else 0
+    return {
+        "gate": (4 * s.T * s.E + 8 * rows, 0),
+        "permute": (2 * (s.T + rows) * s.H, 0),
+        "unpermute": (2 * (s.T + rows) * s.H, 0),
+        "quantize": (3 * codes + 4 * s.T * -(-s.H // 128), 0),
+        "gemm": (used * s.H * s.I + 2 * rows * (s.H + s.I), 2 * rows * s.H * s.I),
+        "layer": (3 * used * s.H * s.I + 4 * s.T * s.H, 6 * rows * s.H * s.I),
+    }[op]
+
+
 def _decades(low: int, steps: int = 9) -> list[int]:
     """From low to 100 low."""
     return [round(low * 100 ** (i / (steps - 1))) for i in range(steps)]
