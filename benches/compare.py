@@ -27,8 +27,8 @@ import peers
 import records
 import report
 import shapes
+from peers.ours import set_threads
 
-import pyroute
 from pyroute.bench.limits import measure_limits
 from pyroute.bench.terminal import UsageError, progress, write_json
 
@@ -99,7 +99,7 @@ def wanted_columns(peer: peers.Peer, op: str, names: str) -> list[peers.Column]:
 
 
 def machine_limits(threads: int) -> dict[str, Any]:
-    pyroute.set_num_threads(threads)
+    set_threads(threads)
     return measure_limits(quick=True).as_dict()
 
 
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         args = arguments(argv)
         started, facts = time.time(), records.common_facts()
         with quiet_stdout():
-            everyone = list(peers.load(("ours",) if args.quick else peers.MODULES))
+            everyone = list(peers.load(("ours", "machine") if args.quick else peers.MODULES))
             outcomes = run(args, everyone)
         lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
         if args.json:

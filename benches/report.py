@@ -25,9 +25,11 @@ class Cell(str):
 
 
 def ratio_to_ours(outcome: Any, seconds: float) -> float | None:
-    """This time over that of the pyroute column in front."""
-    ours = next((cell.median for cell in outcome.cells if cell.peer == "pyroute" and cell.timed), None)
-    return None if ours is None else seconds / ours
+    """This time over that of the column that the first bar holds, or else of pyroute's first."""
+    held = [bar_column(bar) for bar, _ in outcome.bars]
+    ours = [cell for cell in outcome.cells if cell.peer == "pyroute" and cell.timed]
+    ours.sort(key=lambda cell: held.index(cell.name) if cell.name in held else len(held))
+    return seconds / ours[0].median if ours else None
 
 
 def share_of_limit(outcome: Any, seconds: float) -> float:
@@ -135,7 +137,7 @@ def table(outcome: Any) -> tuple[str, tuple[str, ...], list[list[Cell]], list[st
         ratio = ratio_to_ours(outcome, cell.median)
         spread = f"{duration(cell.percentile(10))} - {duration(cell.percentile(90))}"
         share = f"{share_of_limit(outcome, cell.median):.0%}" if m.fma_gflops else ""
-        error = "exact" if cell.error == 0 else f"{cell.error:.0e}"
+        error = "" if cell.error is None else f"{cell.error:.0e}" if cell.error else "exact"
         if cell.alone:
             notes.append(f"{cell.name}: in a process of its own, after the others")
         texts = duration(cell.median), spread, rate(outcome, cell.median), share, f"{ratio:.2f}" if ratio else "", error

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 # In the order of the tables. pyroute is measured through the same interface as everybody else.
 MODULES = (
     "ours",
+    "machine",
     "torch_eager",
     "torch_compile",
     "torch_gemm",
@@ -47,7 +48,7 @@ class Column(NamedTuple):
     op: str
     name: str
     build: Callable[[Any], Work | None]
-    kind: str  # what the numbers pass through, for the tolerance: problems.TOLERANCES
+    kind: str  # what the numbers pass through, for the tolerance: problems.TOLERANCES; "limit": it has none
     module: str
     alone: bool = False  # in a process of its own: its threads go on spinning after a call
 

@@ -1,9 +1,10 @@
-"""pyroute itself, on its best instruction set and on AVX2, with ``out=`` and with fresh results."""
+"""pyroute itself, with ``out=`` and fresh results, on the best instruction sets or on PYROUTE_ISA."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 
 import numpy as np
 
@@ -13,7 +14,12 @@ from pyroute import _backend
 
 NAME = "pyroute"
 _core = _backend.core if _backend.HAS_CORE else None
-ISAS = _core.isas()[::-1][:2] if _core else ["numpy"]  # best first
+if _core is None:
+    ISAS = ["numpy"]
+elif "PYROUTE_ISA" in os.environ:  # nothing else, so that the bars are held to it
+    ISAS = [_core.isa()]
+else:
+    ISAS = _core.isas()[::-1][:2]  # best first
 BEST = ISAS[0]
 
 
@@ -22,7 +28,10 @@ def version() -> str:
 
 
 def set_threads(n: int) -> None:
+    """Also the best instruction set, which a column may change for its own sample."""
     pyroute.set_num_threads(n)
+    if _core:
+        _core.set_isa(BEST)
 
 
 def takes_out(function) -> bool:
