@@ -1,7 +1,7 @@
 """How pyroute's times grow: with T, k, E, H and I over two decades, with threads, with the load, at odd sizes.
 
     python benches/scaling.py                       all parts
-    python benches/scaling.py --parts growth --plot docs/plots
+    python benches/scaling.py --parts growth --plot docs/images
     python benches/scaling.py --threads 1 --record
 
 A part's points are interleaved; docs/benchmarking.md holds the rules. Plots need matplotlib: the extra "plot".

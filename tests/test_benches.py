@@ -224,3 +224,46 @@ def test_one_bad_row_among_many_counts_in_full(benches):
     assert problems.worst_row(rows, exact) == pytest.approx(0.5)
     rows[1234, 0] = np.nan
     assert problems.worst_row(rows, exact) == np.inf
+
+
+def test_bars_of_bandwidth_compare_medians_of_one_run(benches):
+    import bars
+
+    bar = bars.share("pyroute", "copy", 0.9)
+    assert bar.text == "pyroute : copy bandwidth"
+    assert bar.value(bars.Measured({"pyroute": 2.0, "machine copy": 1.5}, 1.0, 1.0, 1.0), None) == 0.75
+    assert bar.value(bars.Measured({"pyroute": 2.0}, 1.0, 1.0, 1.0), None) is None
+
+
+def recorded(column, median, **more):
+    same = {
+        "isa": "avx2",
+        "threads": 2,
+        "cache": "warm",
+        "op": "gate",
+        "case": "a",
+        "date": "2026-01-02",
+        "p10_s": 1e-3,
+    }
+    return {**same, "column": column, "median_s": median, "p90_s": 4e-3, "ratio_to_pyroute": 1.0, **more}
+
+
+def test_the_summary_shows_the_latest_line_beside_its_peer(benches, tmp_path, capsys):
+    import summary
+
+    met = {"bar": "pyroute : best peer", "target": 2, "value": 3.0, "met": True}
+    lines = [
+        recorded("pyroute", 9e-3, bars=[{**met, "value": 1.0, "met": False}], date="2026-01-01"),
+        recorded("pyroute", 2e-3, bars=[met]),
+        recorded("other", 6e-3),
+        recorded("other", 6e-3, date="2026-01-01"),
+        {"op": "gate", "case": "growth with T", "column": "pyroute", "points": [], "fit": {"power": 0.9, "worst": 0.2}},
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(json.dumps({"date": "2026-01-02", **line}) + "\n" for line in lines))
+    assert summary.main([str(path)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "### avx2, 2 threads"
+    assert printed[4] == "| gate a | pyroute 2 ms (1 ms to 4 ms) | other 6 ms | 3.00 | 2 | met |"
+    assert printed[-1] == "| gate | 0.90, 20% |  |  |  |  |  |  |  |"
+    assert "9 ms" not in "\n".join(printed)

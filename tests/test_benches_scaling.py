@@ -79,3 +79,19 @@ def test_an_interrupted_run_keeps_what_was_measured(scaling, tmp_path, monkeypat
 def test_bad_arguments_are_one_sentence(scaling, argv, capsys):
     assert scaling.main(argv) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_plot_for_every_operation(scaling, tmp_path):
+    pytest.importorskip("matplotlib")
+    argv = ["--quick", "--ops", "gate,quantize", "--parts", "growth", "--json", str(tmp_path / "lines.json")]
+    assert scaling.main([*argv, "--plot", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["scaling_gate.png", "scaling_quantize.png"]
+
+
+@pytest.mark.parametrize("op", ["gate", "permute", "unpermute", "quantize", "gemm", "layer"])
+def test_the_least_work_doubles_with_the_tokens(scaling, op):
+    s = scaling.cases.Sizes(T=64, k=4, E=8, H=256, I=128)
+    (moved, flops), (moved2, flops2) = scaling.cases.least(op, s), scaling.cases.least(op, s._replace(T=128))
+    assert flops2 == 2 * flops
+    weights = {"gemm": 8 * 256 * 128, "layer": 3 * 8 * 256 * 128}.get(op, 0)
+    assert moved2 - weights == 2 * (moved - weights)

@@ -1,0 +1,100 @@
+"""Recorded comparisons and scaling as Markdown: of every case the latest line, with what it was held against.
+
+    python benches/summary.py                              the newest file of benches/results
+    python benches/summary.py --since 2026-11-22T04:30 results.jsonl
+
+Groups by instruction set, threads and caches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import records
+
+from pyroute.bench.terminal import duration
+
+Line = dict[str, Any]
+HEADER = "| work | pyroute, median (p10 to p90) | beside | ratio | bar | |\n|---|---|---|---:|---:|---|"
+
+
+def latest(lines: Iterable[Line]) -> list[Line]:
+    """Of lines about the same thing the last one, in the order of the first."""
+    kept: dict[tuple[Any, ...], Line] = {}
+    for line in lines:
+        kept[tuple(line.get(key) for key in ("isa", "threads", "cache", "op", "case", "column"))] = line
+    return list(kept.values())
+
+
+def tables(lines: list[Line]) -> Iterator[str]:
+    held = [line for line in latest(lines) if line.get("bars")]
+    for group in dict.fromkeys((line["isa"], line["threads"], line["cache"]) for line in held):
+        isa, threads, cache = group
+        yield f"### {isa}, {threads} thread{'s' * (threads > 1)}{', cold caches' * (cache == 'cold')}\n"
+        yield HEADER
+        for line in held:
+            if (line["isa"], line["threads"], line["cache"]) == group:
+                yield from (row(line, bar, lines) for bar in line["bars"])
+        yield ""
+
+
+def row(line: Line, bar: Line, lines: list[Line]) -> str:
+    ours, value = line["median_s"], bar["value"]
+    spread = f"{line['column']} {duration(ours)} ({duration(line['p10_s'])} to {duration(line['p90_s'])})"
+    other, in_seconds = beside(line, bar, lines), bar["bar"].endswith(", us")
+    found = "" if value is None else f"{value:.2f}" + " us" * in_seconds
+    verdict = {True: "met", False: "**missed**", None: "no time"}[bar["met"]]
+    target = f"{bar['target']:g}" + " us" * in_seconds
+    return f"| {line['op']} {line['case']} | {spread} | {other} | {found} | {target} | {verdict} |"
+
+
+def beside(line: Line, bar: Line, lines: list[Line]) -> str:
+    """The column of the same run that gave the ratio."""
+    if bar["value"] is None or bar["bar"].endswith(", us"):
+        return ""
+    seconds = bar["value"] * line["median_s"]
+    run = [
+        other
+        for other in lines
+        if "ratio_to_pyroute" in other and all(other[key] == line[key] for key in ("date", "op", "case", "cache"))
+    ]
+    nearest = min(run, key=lambda other: abs(other["median_s"] - seconds))
+    if abs(nearest["median_s"] / seconds - 1) > 1e-6:
+        return ""
+    return f"{nearest['column']} {duration(nearest['median_s'])}"
+
+
+def scaling(lines: list[Line]) -> Iterator[str]:
+    """A row per operation: growth by axis, threads, the worst load and the worst odd size."""
+    points = [line for line in latest(lines) if "points" in line]
+    if not points:
+        return
+    yield "### Scaling\n\n| | T | k | E | H | I | threads | loads | odd sizes |\n|---|---|---|---|---|---|---|---|---|"
+    for op in dict.fromkeys(line["op"] for line in points):
+        mine = [line for line in points if line["op"] == op]
+        fits = {line["case"].rsplit(" ", 1)[-1]: line["fit"] for line in mine if "fit" in line}
+        cells = [f"{fits[axis]['power']:.2f}, {fits[axis]['worst']:.0%}" if axis in fits else "" for axis in "TkEHI"]
+        cells.append(", ".join(f"{line['efficiency']:.2f}" for line in mine if "efficiency" in line))
+        cells.append(", ".join(f"{line['loss']:+.0%}" for line in mine if "loss" in line))
+        odd = sorted(((line["excess"], line["case"]) for line in mine if "excess" in line), reverse=True)
+        cells.append(", ".join(f"{excess:+.0%} at {case.split(' ')[-1]}" for excess, case in odd[:2]))
+        yield f"| {op} | {' | '.join(cells)} |"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="summary.py", description=__doc__.splitlines()[0])
+    parser.add_argument("file", nargs="?", type=Path, default=records.machine_file())
+    parser.add_argument("--since", default="", help="only lines of this date or later")
+    args = parser.parse_args(argv)
+    lines = [json.loads(text) for text in args.file.read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if line["date"] >= args.since]
+    print("\n".join([*tables(lines), *scaling(lines)]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
