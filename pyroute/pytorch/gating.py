@@ -55,6 +55,14 @@ def topk_gating(
     ))  # fmt: skip
 
 
+def topk_gating_by_text(logits: Tensor, config: str, bias: Tensor | None, topk_idx: Tensor | None) -> Gating:
+    """:func:`topk_gating` without losses by ``str(config)``, for code under a compiler that makes its own config."""
+    if goes_direct(logits, bias, topk_idx):
+        return _in_order(*_gating(logits, RouterConfig.from_string(config), bias, topk_idx, None))
+    check_tensors("topk_gating", "logits", logits=logits, bias=bias, topk_idx=topk_idx)
+    return _in_order(*_topk_gating(logits, config, bias, topk_idx, None, None, None, 0.0, 0.0))
+
+
 def _in_order(weights: Tensor, idx: Tensor, counts: Tensor) -> Gating:
     """The op gives the differentiable result first, since opcheck sums the results in the type of the first."""
     return Gating(idx, weights, counts)
