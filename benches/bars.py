@@ -16,6 +16,7 @@ class Measured(NamedTuple):
     seconds: Mapping[str, float]
     fma_gflops: float
     read_gbs: float
+    write_gbs: float
     copy_gbs: float
 
 
@@ -48,6 +49,19 @@ def share(ours: str, of: str, at_least: float) -> Bar:
     return faster(ours, f"machine {of}", at_least)._replace(text=f"{ours} : {of} bandwidth")
 
 
+def limit_seconds(m: Measured, problem: Any) -> float:
+    """The least time for what the problem reads and writes: neither can beat its own limit, whatever the other does."""
+    return max((problem.nbytes - problem.written) / m.read_gbs, problem.written / m.write_gbs) / 1e9
+
+
+def near_limit(ours: str, at_least: float) -> Bar:
+    return Bar(
+        f"{ours} : read and write limits",
+        at_least,
+        lambda m, p: limit_seconds(m, p) / m.seconds[ours] if ours in m.seconds else None,
+    )
+
+
 def at_most(ours: str, seconds: float) -> Bar:
     return Bar(f"{ours}, us", seconds * 1e6, lambda m, p: m.seconds.get(ours, math.nan) * 1e6, "us", True)
 
@@ -68,11 +82,18 @@ def _move(op: str, dtype: str, *bars: Bar) -> Case:
 
 def _moves(dtype: str) -> list[Case]:
     return [
-        _move("permute", dtype, share("pyroute", "copy", 0.9), share("pyroute fresh", "copy", 0.6)),
+        _move(
+            "permute",
+            dtype,
+            share("pyroute", "copy", 0.9),
+            near_limit("pyroute", 0.9),
+            share("pyroute fresh", "copy", 0.6),
+        ),
         _move(
             "unpermute",
             dtype,
             share("pyroute", "copy", 0.9),
+            near_limit("pyroute", 0.9),
             share("pyroute fresh", "copy", 0.6),
             faster("pyroute", "torch mul, index, sum", 20),
         ),
@@ -80,7 +101,7 @@ def _moves(dtype: str) -> list[Case]:
 
 
 def _quantize(dtype: str) -> Case:
-    bars = (share("pyroute fresh", "copy", 0.8),)
+    bars = share("pyroute fresh", "copy", 0.8), near_limit("pyroute fresh", 0.8)
     return Case("quantize", lambda size: problems.Quantize(size(shapes.shape("deepseek-v3", 4096)), dtype), bars)
 
 

@@ -55,7 +55,8 @@ class Outcome:
     def __init__(self, case: bars.Case, problem: Any, cells: list[harness.Cell], limits: list[dict[str, Any]]):
         self.case, self.problem, self.cells, self.limits = case, problem, cells, limits
         self.op, self.name = problem.op, problem.case
-        best = {key: max(one[key] or 0.0 for one in limits) for key in ("fma_gflops", "read_gbs", "copy_gbs")}
+        names = ("fma_gflops", "read_gbs", "write_gbs", "copy_gbs")
+        best = {key: max(one[key] or 0.0 for one in limits) for key in names}
         self.measured = bars.Measured({cell.name: cell.median for cell in cells if cell.timed}, **best)
         self.bars = [(bar, bar.value(self.measured, problem)) for bar in case.bars]
 

@@ -39,6 +39,7 @@ class Problem:
     op = ""
     case = ""
     nbytes = 0
+    written = 0  # of them, where reading and writing have limits of their own
     flops = 0
     reads = False  # whether reading, not copying, is its limit
 
@@ -94,6 +95,7 @@ class Move(Problem):
         self.x = shapes.states(s, dtype)
         self.rows = pyroute.permute(self.x, self.plan)
         self.nbytes = self.x.nbytes + self.rows.nbytes
+        self.written = (self.rows if op == "permute" else self.x).nbytes
 
     @functools.cached_property
     def exact(self) -> np.ndarray:
@@ -114,7 +116,8 @@ class Quantize(Problem):
     def __init__(self, s: shapes.Shape, dtype: str):
         self.shape, self.case, self.dtype = s, f"{s.name} {dtype} 1x128", dtype
         self.x = shapes.states(s, dtype)
-        self.nbytes = self.x.nbytes + self.x.size + 4 * self.x.size // 128
+        self.written = self.x.size + 4 * self.x.size // 128
+        self.nbytes = self.x.nbytes + self.written
 
     def error(self, result: Any) -> float:
         """Largest distance in units of its block's largest; without scales (a bare cast) relative to the element."""

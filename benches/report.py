@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import bars
+
 import pyroute
 from pyroute.bench.terminal import duration, has_rich, report_console
 
@@ -35,6 +37,8 @@ def ratio_to_ours(outcome: Any, seconds: float) -> float | None:
 def share_of_limit(outcome: Any, seconds: float) -> float:
     """The least time that memory or arithmetic needs, over this one."""
     m, p = outcome.measured, outcome.problem
+    if p.written:
+        return bars.limit_seconds(m, p) / seconds
     return max(p.nbytes / (m.read_gbs if p.reads else m.copy_gbs), p.flops / m.fma_gflops) / 1e9 / seconds
 
 
@@ -118,7 +122,7 @@ def table(outcome: Any) -> tuple[str, tuple[str, ...], list[list[Cell]], list[st
     m = outcome.measured
     limits = ", ".join(
         f"{name} {before[key]:.0f}/{after[key]:.0f}"
-        for name, key in (("FMA", "fma_gflops"), ("read", "read_gbs"), ("copy", "copy_gbs"))
+        for name, key in (("FMA", "fma_gflops"), ("read", "read_gbs"), ("write", "write_gbs"), ("copy", "copy_gbs"))
         for before, after in [(outcome.limits[0], outcome.limits[-1])]
         if before[key]
     )

@@ -90,6 +90,8 @@ def test_info_limits(tmp_path):
     if pyroute.backends()["cpu"].available:
         assert measured["fma_gflops"] > 1
         assert measured["read_gbs"] > 0.1
+        assert measured["write_gbs"] > 0.1
+        assert "write" in result.stdout
 
 
 def test_info_names_the_instruction_set_that_was_asked_for_and_is_not_there():
@@ -401,10 +403,11 @@ def test_limits_without_the_compiled_backend(monkeypatch):
     assert measured.copy_gbs > 0.1
     assert measured.fma_gflops is None
     assert measured.read_gbs is None
+    assert measured.write_gbs is None
 
 
 def test_share_of_a_limit():
-    machine = limits.Limits(2, "avx2", 200.0, 100.0, 20.0, 10.0, 40.0, 20.0, 1, 1.0)
+    machine = limits.Limits(2, "avx2", 200.0, 100.0, 20.0, 10.0, 30.0, 15.0, 40.0, 20.0, 1, 1.0)
     assert machine.share(1.0, 20e9) == pytest.approx(0.5)
     assert machine.share(1.0, 20e9, reads=True) == pytest.approx(1.0)
     assert machine.share(2.0, 20e9, 300e9) == pytest.approx(0.75)
@@ -418,6 +421,8 @@ def test_probes_refuse_what_they_cannot_read():
     small = np.zeros(100, np.uint8)
     with pytest.raises(ValueError, match="320 bytes"):
         core.probe_read(small, 1)
+    with pytest.raises(ValueError, match="320 bytes"):
+        core.probe_write(small, 1)
     with pytest.raises(ValueError, match="threads"):
         core.probe_read(np.zeros(4096, np.uint8), 0)
     with pytest.raises(ValueError, match="shape"):
@@ -434,6 +439,18 @@ def test_copy_probe_copies_every_whole_block_and_nothing_else(cpu_floor, num_thr
         to, at = (-array.ctypes.data % 64 for array in (destination, source))
         expected = np.zeros(size, np.uint8)
         expected[to : to + copied] = source[at : at + copied]
+        assert_same_bytes(destination, expected)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 7])
+def test_write_probe_writes_every_whole_block_and_nothing_else(cpu_floor, num_threads):
+    for size in (320, 4096, 10_000, 1 << 16):
+        destination = guarded(np.zeros(size, np.uint8))
+        written = limits._backend.core.probe_write(destination, num_threads)
+        assert size - 320 < written <= size
+        at = -destination.ctypes.data % 64
+        expected = np.zeros(size, np.uint8)
+        expected[at : at + written] = 255
         assert_same_bytes(destination, expected)
 
 

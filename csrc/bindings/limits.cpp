@@ -57,6 +57,16 @@ void bind_limits(py::module_ &module) {
         },
         py::arg("source"), py::arg("threads"));
     module.def(
+        "probe_write",
+        [](py::array destination, int threads) {
+            output<uint8_t>(destination, "destination", {destination.size()});
+            const Aligned to = aligned_part(destination, "destination");
+            py::gil_scoped_release release;
+            cpu::write_buffer(to.data, to.bytes, checked_threads(threads));
+            return to.bytes;
+        },
+        py::arg("destination"), py::arg("threads"));
+    module.def(
         "probe_copy",
         [](py::array destination, const py::array &source, int threads) {
             output<uint8_t>(destination, "destination", {source.size()});

@@ -30,6 +30,14 @@ uint64_t read_buffer(const uint8_t *from, int64_t bytes, int threads) {
     return sum.load();
 }
 
+void write_buffer(uint8_t *to, int64_t bytes, int threads) {
+    const LimitKernels &kernels = current_limit_kernels();
+    const int64_t blocks = bytes / limit_block;
+    parallel_ranges(blocks, (blocks - 1) / threads + 1, [&](int64_t begin, int64_t end) {
+        kernels.write(to + begin * limit_block, (end - begin) * limit_block);
+    });
+}
+
 void copy_buffer(uint8_t *to, const uint8_t *from, int64_t bytes, int threads) {
     const LimitKernels &kernels = current_limit_kernels();
     const int64_t blocks = bytes / limit_block;

@@ -48,6 +48,7 @@ def show_limits(console: Console, limits: Limits) -> None:
     for name, all_threads, one_thread, unit, what in (
         ("multiply-add", limits.fma_gflops, limits.fma_gflops_one_thread, "GFLOP/s", f"float32, {limits.isa}"),
         ("read", limits.read_gbs, limits.read_gbs_one_thread, "GB/s", number_of_bytes(limits.buffer_bytes) + " buffer"),
+        ("write", limits.write_gbs, limits.write_gbs_one_thread, "GB/s", "nothing read"),
         ("copy", limits.copy_gbs, limits.copy_gbs_one_thread, "GB/s", "read and write counted"),
     ):
         if all_threads is None:

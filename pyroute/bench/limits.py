@@ -1,9 +1,10 @@
 """What this machine can do at best, measured: the yardstick beside every time that pyroute prints.
 
-Three limits, each the best of several short runs (no run can beat the hardware, and a busy neighbour only slows one):
+Four limits, each the best of several short runs (no run can beat the hardware, and a busy neighbour only slows one):
 
 - ``fma_gflops``: multiply-adds on registers only, a multiply-add counted as two operations;
 - ``read_gbs``: every byte of a buffer far larger than the last cache, read once;
+- ``write_gbs``: every byte of such a buffer written once with streaming stores, nothing read;
 - ``copy_gbs``: one such buffer copied to another with streaming stores, bytes read plus bytes written.
 
 A time's share of a limit says how much is left to win. docs/benchmarking.md holds the method.
@@ -39,6 +40,8 @@ class Limits:
     fma_gflops_one_thread: float | None
     read_gbs: float | None
     read_gbs_one_thread: float | None
+    write_gbs: float | None
+    write_gbs_one_thread: float | None
     copy_gbs: float
     copy_gbs_one_thread: float | None
     buffer_bytes: int
@@ -80,6 +83,7 @@ def measure_limits(*, quick: bool = False) -> Limits:
 
     fma_all, fma_one = best(lambda n: core.probe_fma(rounds, n))
     read_all, read_one = best(lambda n: core.probe_read(source, n))
+    write_all, write_one = best(lambda n: core.probe_write(destination, n))
     copy_all, copy_one = best(lambda n: core.probe_copy(destination, source, n))
     return Limits(
         threads=threads,
@@ -88,6 +92,8 @@ def measure_limits(*, quick: bool = False) -> Limits:
         fma_gflops_one_thread=fma_one,
         read_gbs=read_all,
         read_gbs_one_thread=read_one,
+        write_gbs=write_all,
+        write_gbs_one_thread=write_one,
         copy_gbs=copy_all,
         copy_gbs_one_thread=copy_one,
         buffer_bytes=nbytes,
@@ -111,6 +117,8 @@ def _numpy_limits(source: np.ndarray[Any, Any], destination: np.ndarray[Any, Any
         fma_gflops_one_thread=None,
         read_gbs=None,
         read_gbs_one_thread=None,
+        write_gbs=None,
+        write_gbs_one_thread=None,
         copy_gbs=max(rates),
         copy_gbs_one_thread=max(rates),
         buffer_bytes=source.nbytes,

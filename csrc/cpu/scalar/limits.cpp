@@ -87,6 +87,18 @@ uint64_t read_bytes(const uint8_t *from, int64_t bytes) {
     return total;
 }
 
+void write_bytes(uint8_t *to, int64_t bytes) {
+    const Words ones = ~Words{}; // zeros have instructions of their own, which send no data
+    for (int64_t at = 0; at < bytes; at += 256) {
+#pragma GCC unroll 16
+        for (int offset = 0; offset < 256; offset += bytes_wide)
+            store_streaming(to + at + offset, ones);
+    }
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
 void copy_bytes(uint8_t *to, const uint8_t *from, int64_t bytes) {
     for (int64_t at = 0; at < bytes; at += 256) {
 #pragma GCC unroll 16
@@ -101,6 +113,6 @@ void copy_bytes(uint8_t *to, const uint8_t *from, int64_t bytes) {
 } // namespace
 
 extern const LimitKernels limit_kernels = {2 * chains * steps_per_round * lanes_wide, fma_rounds, read_bytes,
-                                           copy_bytes};
+                                           write_bytes, copy_bytes};
 
 } // namespace pyroute::cpu::PYROUTE_ISA
