@@ -42,7 +42,13 @@ class Layer(NamedTuple):
     program: ActivationProgram
     weight_on: WeightOn
     scale_format: ScaleFormat | None  # of quantised activations
+    quantize_gradients: bool
     backend: str
+
+    @property
+    def gradient_format(self) -> ScaleFormat | None:
+        """Of quantised gradients, and of both operands of wgrad."""
+        return self.scale_format if self.quantize_gradients else None
 
     @property
     def by_expert(self) -> tuple[Operand, Operand, Array | None, Array | None]:
@@ -66,6 +72,7 @@ def check_layer(
     program: ActivationProgram,
     weight_on: Any,
     quantize_activations: Any,
+    quantize_gradients: Any,
 ) -> Layer:
     """Everything that can be wrong with a call, except the values of the ids."""
     x = _backend.as_array(function, "x", x, ROW_TYPES, (("num_tokens", None), ("hidden", None)))
@@ -89,6 +96,8 @@ def check_layer(
     if scale_format is not None and not (isinstance(w_gate_up, Fp8Array) and isinstance(w_down, Fp8Array)):
         expected = "False unless both weights are Fp8Arrays"
         raise _check.value_error(function, "quantize_activations", expected, repr(quantize_activations))
+    if _check.one_of(function, "quantize_gradients", quantize_gradients, (False, True)) and scale_format is None:
+        raise _check.value_error(function, "quantize_gradients", "False without quantize_activations", "True")
     arrays = [x, topk_idx, topk_weights, b_gate_up, b_down]
     arrays += [w.codes if isinstance(w, Fp8Array) else w for w in (w_gate_up, w_down)]
     chosen = _backend.choose(function, backend, *arrays)
@@ -96,7 +105,7 @@ def check_layer(
         topk_weights = topk_weights.astype("float32", copy=False)
     return Layer(
         x, topk_idx, topk_weights, w_gate_up, w_down, b_gate_up, b_down,
-        program, weight_on, scale_format, chosen,
+        program, weight_on, scale_format, quantize_gradients, chosen,
     )  # fmt: skip
 
 

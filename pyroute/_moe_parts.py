@@ -108,7 +108,10 @@ def _backward_part(
     experts = ExpertRows(offsets, plan.row_to_token)
     row_weights = None if layer.weight_on == "input" else _row_weights(layer.topk_weights, plan)
     grad_results = permute(grad_y, plan, backend=on)
-    grad_hidden = grouped_gemm_dgrad(grad_results, layer.w_down, offsets, out_dtype=dtype, backend=on)
+    arriving = grad_results
+    if layer.gradient_format is not None:  # the bytes of quantising grad_results, for every token once
+        arriving = permute_quantize(grad_y, plan, scale_format=layer.gradient_format, backend=on)
+    grad_hidden = grouped_gemm_dgrad(arriving, layer.w_down, offsets, out_dtype=dtype, backend=on)
     hidden, grad_gate_up, grad_row_weights = activate_backward(
         gate_up, layer.b_gate_up, experts, row_weights, layer.program, grad_hidden, on
     )
@@ -117,7 +120,10 @@ def _backward_part(
     _weight_gradient(part, grads.w_down, accumulate, grad_results, hidden)
     _bias_gradient(part, grads.b_down, accumulate, grad_results, row_weights)
     _bias_gradient(part, grads.b_gate_up, accumulate, grad_gate_up, None)
-    grouped_gemm_dgrad(grad_gate_up, layer.w_gate_up, offsets, out=grad_rows, backend=on)
+    arriving = grad_gate_up
+    if layer.gradient_format is not None:
+        arriving = quantize_fp8(grad_gate_up, scale_format=layer.gradient_format, backend=on)
+    grouped_gemm_dgrad(arriving, layer.w_gate_up, offsets, out=grad_rows, backend=on)
     routed = plan.token_to_row >= 0
     if layer.weight_on == "input":
         rows, by_slot = unpermute_backward(layer.x, grad_rows, plan, layer.topk_weights, backend=on)
@@ -131,10 +137,14 @@ def _backward_part(
 
 
 def _weight_gradient(part: Part, into: Array | None, accumulate: bool, grad_out: Array, rows: Array) -> None:
-    if into is not None:
-        argument = "accumulate_into" if accumulate else "out"
-        to = {argument: into[part.experts]}
-        grouped_gemm_wgrad(grad_out, rows, part.plan.expert_offsets, **to, backend=part.layer.backend)
+    if into is None:
+        return
+    layer, offsets = part.layer, part.plan.expert_offsets
+    if layer.gradient_format is not None:  # along tokens, from the wide rows: codes of codes would be off twice
+        along = {"block": (128, 1), "scale_format": layer.gradient_format, "expert_offsets": offsets}
+        grad_out, rows = (quantize_fp8(x, **along, backend=layer.backend) for x in (grad_out, rows))
+    to = {"accumulate_into" if accumulate else "out": into[part.experts]}
+    grouped_gemm_wgrad(grad_out, rows, offsets, **to, backend=layer.backend)
 
 
 def _bias_gradient(

@@ -68,6 +68,7 @@ def moe_forward(
     alpha: float | None = None,
     weight_on: WeightOn = "output",
     quantize_activations: bool | ScaleFormat = False,
+    quantize_gradients: bool = False,
     alignment: int = 1,
     return_saved: bool = False,
     out: Any = None,
@@ -106,6 +107,9 @@ def moe_forward(
     quantize_activations : bool or {"float32", "ue8m0"}
         Quantise x and the activations to e4m3 with 1x128 blocks and scales of this format (True: "float32") before each
         GEMM: DeepSeek-V3's recipe. The weights must be Fp8Arrays.
+    quantize_gradients : bool
+        The same for :func:`moe_backward`, which makes it that recipe for training: gradients are quantised with 1x128
+        blocks before each dgrad, and both operands of each wgrad with 128x1 blocks along an expert's own rows.
     alignment : int
         Each expert's rows are padded to a multiple of this. Changes no result.
     return_saved : bool
@@ -134,6 +138,7 @@ def moe_forward(
     layer = check_layer(
         "moe_forward", x, topk_idx, topk_weights, (w_gate_up, w_down), (b_gate_up, b_down), backend,
         activation_program("moe_forward", activation, limit, alpha), weight_on, quantize_activations,
+        quantize_gradients,
     )  # fmt: skip
     alignment = _check.integer("moe_forward", "alignment", alignment, 1, 2**31 - 1)
     _check.one_of("moe_forward", "return_saved", return_saved, (False, True))
@@ -191,8 +196,9 @@ def moe_backward(
     Notes
     -----
     Quantised activations are passed straight through: the gradients are those of the layer without their
-    quantisation, at the forward's ``gate_up``, and the weight gradients multiply rows of x's dtype. FP8 weights take
-    part as their dequantised values, and their gradients are float32 with respect to those.
+    quantisation, at the forward's ``gate_up``, and the weight gradients multiply rows of x's dtype, or with the
+    forward's ``quantize_gradients`` what those rows are in FP8. FP8 weights take part as their dequantised values, and
+    their gradients are float32 with respect to those.
 
     ``"output"`` and ``"pre_down"`` share one path: ``<grad_y, w_down @ h> = <w_down.T @ grad_y, h>``, so the weight's
     gradient is a dot of ``intermediate`` elements and no expert's result is kept or computed again. Rows in between
@@ -208,7 +214,7 @@ def moe_backward(
     inputs = (given, grad_y, saved.gate_up, plan.expert_offsets, plan.row_to_token, plan.token_to_row)
     grads = gradient_arrays("moe_backward", layer, out, accumulate, wanted, inputs)
     match layer.backend:
-        case "cpu":
+        case "cpu" if not layer.quantize_gradients:
             _backend.core.moe_backward(
                 _native_layer(layer), *_native_plan(plan), saved.gate_up, grad_y, tuple(grads), accumulate
             )

@@ -10,7 +10,8 @@ import pyroute
 from pyroute import _backend
 
 BF16 = _backend.BFLOAT16
-KINDS = ("float32", "bfloat16", "mixed", "fp8_weights", "fp8")  # mixed: float32 rows, bfloat16 weights and biases
+# mixed: float32 rows, bfloat16 weights and biases; fp8: quantised activations; fp8_training: and gradients
+KINDS = ("float32", "bfloat16", "mixed", "fp8_weights", "fp8", "fp8_training")
 ACTIVATIONS = ("swiglu", "swiglu_clamp", "swiglu_oai", "geglu", "relu2")
 WEIGHT_ON = ("output", "pre_down", "input")
 NAMES = pyroute.MoeGradients._fields
@@ -30,7 +31,7 @@ class Problem:
         rng = np.random.default_rng(seed)
         tokens, top_k, self.num_experts, hidden, inner = sizes
         width = inner if activation == "relu2" else 2 * inner
-        self.dtype = np.dtype(BF16 if kind in ("bfloat16", "fp8") else np.float32)
+        self.dtype = np.dtype(BF16 if kind in ("bfloat16", "fp8", "fp8_training") else np.float32)
         stored = {"float32": np.float32, "fp8_weights": np.float32}.get(kind, BF16)
         self.x = (rng.normal(size=(tokens, hidden)) * scale).astype(self.dtype)
         self.grad_y = rng.normal(size=(tokens, hidden)).astype(self.dtype)
@@ -47,10 +48,11 @@ class Problem:
         self.biases = [None, None]
         if bias:
             self.biases = [rng.normal(size=(self.num_experts, extent)).astype(stored) for extent in (width, hidden)]
-        self.scale_format = scale_format if kind == "fp8" else None
+        self.scale_format = scale_format if kind in ("fp8", "fp8_training") else None
         self.options = {
             "b_gate_up": self.biases[0], "b_down": self.biases[1], "activation": activation,
             "weight_on": weight_on, "limit": limit, "alpha": alpha, "quantize_activations": self.scale_format or False,
+            "quantize_gradients": kind == "fp8_training",
         }  # fmt: skip
 
     @property
@@ -77,7 +79,8 @@ class Problem:
     def bounds(self, gate_up=None):
         roundoff = 2.0**-8 if self.dtype == BF16 else 2.0**-24
         grad_y = self.grad_y.astype(np.float64)
-        return bounds.layer(self.layer(), *self.inputs(), grad_y, roundoff, self.scale_format, gate_up)
+        formats = self.scale_format, self.options["quantize_gradients"]
+        return bounds.layer(self.layer(), *self.inputs(), grad_y, roundoff, *formats, gate_up)
 
     @functools.cached_property
     def expected(self):

@@ -114,7 +114,7 @@ def test_memory_between_the_steps_is_bounded(monkeypatch):
 
 
 @pytest.mark.parametrize("weight_on", WEIGHT_ON)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "fp8_training"])
 @pytest.mark.parametrize("poisoned", ["x", "topk_weights", "grad_y"])
 def test_nan_stays_in_its_token(floor, poisoned, kind, weight_on):
     problem = Problem(kind, "swiglu", weight_on, bias=True, sizes=(12, 2, 3, 21, 13))

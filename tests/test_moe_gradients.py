@@ -84,7 +84,7 @@ def test_crowded_experts_are_cut_inside(cpu_floor, scale_format, monkeypatch):
 
 
 @pytest.mark.parametrize("weight_on", WEIGHT_ON)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "fp8_training"])
 def test_out_is_written_and_returned(floor, kind, weight_on):
     problem = Problem(kind, "swiglu", weight_on, bias=True)
     _, saved = problem.forward(floor.backend, return_saved=True)
@@ -142,7 +142,7 @@ def test_wrong_out(floor, out, error, message):
 
 
 @pytest.mark.parametrize("weight_on", WEIGHT_ON)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "fp8_training"])
 def test_gradients_add_up(floor, kind, weight_on, rng):
     """new = old + gradient in float32, one rounding; an expert without rows keeps its bytes."""
     problem = Problem(kind, "swiglu", weight_on, bias=True, sizes=(20, 3, 5, 21, 13))

@@ -83,7 +83,7 @@ def one_thread():
     pyroute.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "fp8", "fp8_training"])
 def test_the_next_call_takes_the_same_memory(kind, one_thread):
     problem = Problem(kind, sizes=(600, 4, 9, 256, 192))
     y, saved = problem.forward("cpu", return_saved=True)

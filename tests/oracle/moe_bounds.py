@@ -69,6 +69,10 @@ def quantised(x: Bounded, ue8m0: bool) -> Bounded:
     return Bounded(x.value, x.error + error + TINY)
 
 
+def transposed(x: Bounded) -> Bounded:
+    return Bounded(x.value.T, x.error.T)
+
+
 def activation(layer: Layer, z: Bounded) -> tuple[Bounded, Bounded, Bounded]:
     """Hidden values and both slopes at pre-activations [R, P]."""
     gated = layer.activation != "relu2"
@@ -115,11 +119,15 @@ def by_token(rows: Bounded, tokens: np.ndarray, num_tokens: int, terms: int) -> 
     return Bounded(value, error + TINY)
 
 
-def wgrad(grad: Bounded, rows: Bounded, experts: np.ndarray, num_experts: int) -> Bounded:
-    """[E, N, K]: grad.T @ rows over each expert's rows, within ``4 u (|grad|.T @ |rows|)``."""
+def wgrad(
+    grad: Bounded, rows: Bounded, experts: np.ndarray, num_experts: int, scale_format: str | None = None
+) -> Bounded:
+    """[E, N, K]: grad.T @ rows over each expert's rows, within ``4 u (|grad|.T @ |rows|)``, quantised along them."""
     values, errors = [], []
     for expert in range(num_experts):
         g, r = (Bounded(part.value[experts == expert], part.error[experts == expert]) for part in (grad, rows))
+        if scale_format is not None:
+            g, r = (transposed(quantised(transposed(part), scale_format == "ue8m0")) for part in (g, r))
         values.append(g.value.T @ r.value)
         propagated = np.abs(g.value).T @ r.error + g.error.T @ np.abs(r.value) + g.error.T @ r.error
         errors.append(propagated + 4 * U * (g.magnitude.T @ r.magnitude) + (TINY if g.value.size else 0))
@@ -134,6 +142,7 @@ def layer(
     grad_y: np.ndarray,
     roundoff: float,
     scale_format: str | None = None,
+    quantize_gradients: bool = False,
     gate_up: np.ndarray | None = None,
 ) -> dict[str, Bounded]:
     """Result "y", rows "gate_up" and gradients by name, each step rounding to rows of ``roundoff``.
@@ -169,12 +178,17 @@ def layer(
     result = times(result, weight) if layer.weight_on == "output" else result
     y = store(by_token(result, tokens, shape[0], shape[1]))
 
+    gradient_format = scale_format if quantize_gradients else None
+
+    def gradient(rows: Bounded) -> Bounded:
+        return operand(rows) if quantize_gradients else rows
+
     grad = exact(grad_y[tokens])
-    grad_hidden = store(gemm(grad, layer.w_down[experts].transpose(0, 2, 1)))
+    grad_hidden = store(gemm(gradient(grad), layer.w_down[experts].transpose(0, 2, 1)))
     weighted = grad_hidden if on_input else times(grad_hidden, weight)
     parts = [times(weighted, d_gate)] + ([times(weighted, d_up)] if layer.activation != "relu2" else [])
     grad_z = store(Bounded(*(np.concatenate(part, axis=1) for part in zip(*parts, strict=True))))
-    grad_rows = store(gemm(grad_z, layer.w_gate_up[experts].transpose(0, 2, 1)))
+    grad_rows = store(gemm(gradient(grad_z), layer.w_gate_up[experts].transpose(0, 2, 1)))
     if on_input:
         by_slot = dot(grad_rows, exact(x[tokens]), hidden_size / 32 + 7)
         grad_rows = times(grad_rows, weight)
@@ -191,8 +205,8 @@ def layer(
         "gate_up": first,
         "x": store(by_token(grad_rows, tokens, shape[0], shape[1])),
         "topk_weights": grad_weights,
-        "w_gate_up": wgrad(grad_z, rows, experts, num_experts),
-        "w_down": wgrad(grad, store(weighted_hidden), experts, num_experts),
+        "w_gate_up": wgrad(grad_z, rows, experts, num_experts, gradient_format),
+        "w_down": wgrad(grad, store(weighted_hidden), experts, num_experts, gradient_format),
         "b_gate_up": Bounded(*(part[:, 0] for part in wgrad(ones, grad_z, experts, num_experts))),
         "b_down": Bounded(*(part[:, 0] for part in wgrad(ones if on_input else weight, grad, experts, num_experts))),
     }
