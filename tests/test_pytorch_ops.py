@@ -321,7 +321,8 @@ def op_cases():
     quantised = pt.quantize_fp8(torch.randn(E, 20, H), block=(16, 16))
     codes = quantised.codes.view(torch.uint8)  # opcheck compares inputs before and after, which float8 cannot do
     layer = (x, ids, weights, w_gate_up, None, w_down, None, b_gate_up, b_down, (1, 128), (1, 128))
-    options = ("swiglu_oai", None, None, "output", "")
+    options = ("swiglu_oai", None, None, "output", "", "")
+    fp8 = (*options[:-1], "fp8_ue8m0")
     plain = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in layer)
     text = str(GROUPED)
     return {
@@ -350,6 +351,8 @@ def op_cases():
         "grouped_gemm_wgrad": (rows, rows[:, :20].detach().requires_grad_(), None, (1, 1), plan.expert_offsets),
         "moe_forward": (*plain, *options),
         "moe_forward_saved": (*layer, *options),
+        "moe_forward fp8": (*plain, *fp8),
+        "moe_forward_saved fp8": (*layer, *fp8),
     }  # fmt: skip
 
 

@@ -1,7 +1,8 @@
 """PyTorch on the core: ops with gradients that compile, and the modules made of them. Importing it imports torch."""
 
+from ._fp8_weights import forget_fp8_weights
 from .checkpoints import Fp8Experts, load_experts
-from .experts import GroupedExperts, MoELayer, SharedExpert
+from .experts import GroupedExperts, MoELayer, SharedExpert, set_precision
 from .gating import OPS_TO_SAVE, balance_loss, topk_gating, z_loss
 from .grouped_gemm import grouped_gemm
 from .moe import moe_forward
@@ -22,6 +23,7 @@ __all__ = [
     "TopKRouter",
     "balance_loss",
     "dequantize_fp8",
+    "forget_fp8_weights",
     "grouped_gemm",
     "load_experts",
     "moe_forward",
@@ -31,6 +33,7 @@ __all__ = [
     "quantize_fp8",
     "router_logits",
     "set_aux_loss_scale",
+    "set_precision",
     "topk_gating",
     "unpermute",
     "update_biases_after",

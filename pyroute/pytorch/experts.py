@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import _check
 from .._activation import Activation, activation_program
 from .._moe_arguments import WeightOn
-from .moe import moe_forward
+from .moe import Precision, check_precision, moe_forward
 from .router import TopKRouter
 
 
@@ -28,6 +28,9 @@ class GroupedExperts(nn.Module):
         Where a token's weight multiplies.
     bias : bool
         Biases on both projections (gpt-oss).
+    precision : {None, "fp8", "fp8_ue8m0"}
+        None: that of the parameters. Else DeepSeek-V3's FP8 recipe, as in :func:`moe_forward`; the parameters are the
+        wide master weights. :func:`set_precision` changes it.
 
     Attributes
     ----------
@@ -40,7 +43,7 @@ class GroupedExperts(nn.Module):
     def __init__(
         self, num_experts: int, hidden_size: int, intermediate_size: int, *, activation: Activation = "swiglu",
         limit: float | None = None, alpha: float | None = None, weight_on: WeightOn = "output", bias: bool = False,
-        device: Any = None, dtype: Any = None,
+        precision: Precision | None = None, device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__()
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
@@ -49,6 +52,7 @@ class GroupedExperts(nn.Module):
         _check.one_of(type(self).__name__, "weight_on", weight_on, ("output", "pre_down", "input"))
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation, self.limit, self.alpha, self.weight_on = activation, limit, alpha, weight_on
+        self.precision = check_precision(type(self).__name__, precision)
         gated = activation_program(type(self).__name__, activation, limit, alpha).gated
         width = (1 + gated) * intermediate_size
 
@@ -77,12 +81,13 @@ class GroupedExperts(nn.Module):
         return moe_forward(
             x, topk_idx, topk_weights, self.gate_up_proj, self.down_proj, b_gate_up=self.gate_up_proj_bias,
             b_down=self.down_proj_bias, activation=self.activation, limit=self.limit, alpha=self.alpha,
-            weight_on=self.weight_on,
+            weight_on=self.weight_on, precision=self.precision,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
         sizes = f"{self.num_experts}, {self.hidden_size}, {self.intermediate_size}, activation='{self.activation}'"
-        return sizes + ("" if self.weight_on == "output" else f", weight_on='{self.weight_on}'")
+        sizes += "" if self.weight_on == "output" else f", weight_on='{self.weight_on}'"
+        return sizes + ("" if self.precision is None else f", precision='{self.precision}'")
 
 
 class SharedExpert(GroupedExperts):
@@ -110,6 +115,14 @@ class SharedExpert(GroupedExperts):
         if self.gate is None:
             return super().forward(x, everyone, torch.ones_like(everyone, dtype=torch.float32))
         return super().forward(x, everyone, torch.sigmoid(nn.functional.linear(x, self.gate)))
+
+
+def set_precision(model: nn.Module, precision: Precision | None) -> None:
+    """The ``precision`` of every :class:`GroupedExperts` and :class:`SharedExpert` in ``model``."""
+    check_precision("set_precision", precision)
+    for module in model.modules():
+        if isinstance(module, GroupedExperts):
+            module.precision = precision
 
 
 class MoELayer(nn.Module):

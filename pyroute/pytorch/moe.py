@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .. import _check
 from .. import moe as core
 from .._activation import Activation, activation_program
 from .._moe_arguments import MoeGradients, WeightOn, check_layer
 from ..quantization import ScaleFormat
 from ..route_plan import plan_routes
+from ._fp8_weights import fp8_weight
 from ._library import define, goes_direct
 from ._tensors import array, check_tensors, optional_array, tensor
 from .grouped_gemm import Operand, autocast_float
 from .quantization import Fp8Tensor, fp8_array
 
+Precision = Literal["fp8", "fp8_ue8m0"]
+
+SCALE_FORMATS: dict[str, ScaleFormat] = {"fp8": "float32", "fp8_ue8m0": "ue8m0"}
 _NAMES = (
     "x", "topk_idx", "topk_weights", "w_gate_up", "w_gate_up_scales", "w_down", "w_down_scales", "b_gate_up", "b_down",
 )  # fmt: skip
@@ -27,7 +32,7 @@ def moe_forward(
     x: Tensor, topk_idx: Tensor, topk_weights: Tensor, w_gate_up: Operand, w_down: Operand, *,
     b_gate_up: Tensor | None = None, b_down: Tensor | None = None, activation: Activation = "swiglu",
     limit: float | None = None, alpha: float | None = None, weight_on: WeightOn = "output",
-    quantize_activations: bool | ScaleFormat = False,
+    quantize_activations: bool | ScaleFormat = False, precision: Precision | None = None,
 ) -> Tensor:  # fmt: skip
     """:func:`pyroute.moe_forward` on tensors, with every gradient.
 
@@ -37,6 +42,12 @@ def moe_forward(
     topk_idx : integer [num_tokens, top_k], -1 is not routed
     topk_weights : any floating type [num_tokens, top_k], used as float32
     w_gate_up, w_down : float32, bfloat16 or Fp8Tensor
+    precision : {None, "fp8", "fp8_ue8m0"}
+        None: that of the arguments. "fp8": DeepSeek-V3's training recipe on wide weights. All operands of every GEMM,
+        forward and backward, are e4m3 with block scales: weights 128x128, activations and gradients 1x128, both
+        operands of a weight gradient 128x1 along an expert's own rows. Sums are float32; gradients pass straight
+        through the quantisation to the wide weights. "fp8_ue8m0": the same with powers of two as scales
+        (DeepSeek-V3.1).
     others
         As in the core.
 
@@ -49,14 +60,17 @@ def moe_forward(
     Where a gradient is to be recorded, the rows between the first GEMM and the activation are kept for it:
     ``num_tokens * top_k * 2 * intermediate`` elements of x's type; the rest is computed again. The gradients of the
     weights are summed in float32 and rounded once to their type. Under autocast float32 x, weights and biases are cast;
-    ``topk_weights`` are not.
+    ``topk_weights`` are not, nor are weights that ``precision`` quantises. Those keep their codes, a byte per element,
+    until they change; see :func:`forget_fp8_weights`.
     """
     w_gate_up, scales, block = w_gate_up if isinstance(w_gate_up, Fp8Tensor) else (w_gate_up, None, (1, 128))
     w_down, down_scales, down_block = w_down if isinstance(w_down, Fp8Tensor) else (w_down, None, (1, 128))
     tensors = (x, topk_idx, topk_weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down)
     if isinstance(quantize_activations, bool):
         quantize_activations = "float32" if quantize_activations else ""  # type: ignore[assignment]
-    options = (block, down_block, activation, limit, alpha, weight_on, quantize_activations)
+    if check_precision("moe_forward", precision) and quantize_activations:
+        raise _check.value_error("moe_forward", "quantize_activations", f"False with precision '{precision}'", "True")
+    options = (block, down_block, activation, limit, alpha, weight_on, quantize_activations, precision or "")
     if goes_direct(*tensors):
         return _moe_kernel(*tensors, *options)
     check_tensors("moe_forward", "x", **dict(zip(_NAMES, tensors, strict=True)))
@@ -65,37 +79,50 @@ def moe_forward(
     return _moe_forward(*tensors, *options)
 
 
+def check_precision(function: str, precision: Any) -> Precision | None:
+    chosen: Precision | None = _check.one_of(function, "precision", precision, (None, *SCALE_FORMATS))
+    return chosen
+
+
 def _autocast(dtype: torch.dtype, x: Tensor, *args: Any) -> tuple[Any, ...]:
     ids, weights, w_gate_up, scales, w_down, down_scales, *rest = args
     b_gate_up, b_down, *options = rest
-    cast = (autocast_float(dtype, t) for t in (x, w_gate_up, w_down, b_gate_up, b_down))
-    x, w_gate_up, w_down, b_gate_up, b_down = cast
+    x, b_gate_up, b_down = (autocast_float(dtype, t) for t in (x, b_gate_up, b_down))
+    if not options[-1]:
+        w_gate_up, w_down = (autocast_float(dtype, w) for w in (w_gate_up, w_down))
     return (x, ids, weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down, *options)
 
 
-def _weight(function: str, argument: str, w: Tensor, scales: Tensor | None, block: Any) -> Any:
-    return array(function, argument, w) if scales is None else fp8_array(function, argument, w, scales, block)
+def _weight(function: str, argument: str, w: Tensor, scales: Tensor | None, block: Any, precision: str) -> Any:
+    if scales is not None:
+        return fp8_array(function, argument, w, scales, block)
+    return fp8_weight(function, argument, w, SCALE_FORMATS[precision]) if precision else array(function, argument, w)
 
 
-def _arguments(function: str, tensors: tuple[Any, ...], blocks: tuple[Any, Any]) -> tuple[tuple[Any, ...], Any, Any]:
-    """The core's positional arguments and its biases."""
+def _arguments(
+    function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]
+) -> tuple[tuple[Any, ...], Any, Any, Any]:
+    """The core's positional arguments, its biases, and the format of quantised activations or False."""
+    block, down_block, *_, quantize, precision = options
     x, topk_idx, topk_weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down = tensors
     positional = (
         array(function, "x", x),
         array(function, "topk_idx", topk_idx),
         array(function, "topk_weights", topk_weights),
-        _weight(function, "w_gate_up", w_gate_up, scales, blocks[0]),
-        _weight(function, "w_down", w_down, down_scales, blocks[1]),
+        _weight(function, "w_gate_up", w_gate_up, scales, block, precision),
+        _weight(function, "w_down", w_down, down_scales, down_block, precision),
     )
-    return positional, optional_array(function, "b_gate_up", b_gate_up), optional_array(function, "b_down", b_down)
+    biases = optional_array(function, "b_gate_up", b_gate_up), optional_array(function, "b_down", b_down)
+    return positional, *biases, SCALE_FORMATS.get(precision) or quantize or False
 
 
 def _forward(args: tuple[Any, ...], return_saved: bool) -> Any:
-    *blocks, activation, limit, alpha, weight_on, quantize = args[9:]
-    positional, b_gate_up, b_down = _arguments("moe_forward", args[:9], (blocks[0], blocks[1]))
+    _, _, activation, limit, alpha, weight_on, _, precision = args[9:]
+    positional, b_gate_up, b_down, quantize = _arguments("moe_forward", args[:9], args[9:])
     return core.moe_forward(
         *positional, b_gate_up=b_gate_up, b_down=b_down, activation=activation, limit=limit, alpha=alpha,
-        weight_on=weight_on, quantize_activations=quantize or False, return_saved=return_saved,
+        weight_on=weight_on, quantize_activations=quantize, quantize_gradients=bool(precision),
+        return_saved=return_saved,
     )  # fmt: skip
 
 
@@ -141,17 +168,18 @@ def _grad(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 
 def _backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
     function = "moe_backward"
-    *blocks, activation, limit, alpha, weight_on, quantize, wanted = args[9:]
-    positional, b_gate_up, b_down = _arguments(function, args[:9], (blocks[0], blocks[1]))
+    wanted = args[-1].split(",")
+    _, _, activation, limit, alpha, weight_on, _, precision = args[9:-1]
+    positional, b_gate_up, b_down, quantize = _arguments(function, args[:9], args[9:-1])
     x, topk_idx, topk_weights, *weights = positional
     layer = check_layer(
         function, x, topk_idx, topk_weights, (weights[0], weights[1]), (b_gate_up, b_down), None,
-        activation_program(function, activation, limit, alpha), weight_on, quantize or False,
+        activation_program(function, activation, limit, alpha), weight_on, quantize, bool(precision),
     )  # fmt: skip
     plan = plan_routes(layer.topk_idx, layer.w_down.shape[0])
     rows = array(function, "gate_up", gate_up)[: plan.num_rows]
     saved = core.MoeSaved(layer, plan, rows)
-    grads = core.moe_backward(array(function, "grad_y", grad_y), saved, wanted=tuple(filter(None, wanted.split(","))))
+    grads = core.moe_backward(array(function, "grad_y", grad_y), saved, wanted=tuple(filter(None, wanted)))
     empty = torch.empty(0, dtype=torch.float32)
     return tuple(
         (empty.to(grad_y.dtype) if name == "x" else empty.clone()) if grad is None else tensor(grad)
@@ -171,7 +199,7 @@ def _backward_fake(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor,
 _ARGUMENTS = (
     "Tensor x, Tensor topk_idx, Tensor topk_weights, Tensor w_gate_up, Tensor? w_gate_up_scales, Tensor w_down, "
     "Tensor? w_down_scales, Tensor? b_gate_up, Tensor? b_down, int[2] gate_up_block, int[2] down_block, "
-    "str activation, float? limit, float? alpha, str weight_on, str quantize_activations"
+    "str activation, float? limit, float? alpha, str weight_on, str quantize_activations, str precision"
 )
 _moe_backward = define(
     f"moe_backward(Tensor grad_y, Tensor gate_up, {_ARGUMENTS}, str wanted) -> (Tensor x, Tensor topk_weights, "

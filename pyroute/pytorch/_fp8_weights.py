@@ -1,0 +1,58 @@
+"""FP8 forms of wide weights: made once for each state of a weight, which is once an optimizer step.
+
+A form belongs to a storage, a place in it and the version counter that in-place operations move; it goes with the
+storage. It is part of no graph and of no gradient: an op that is given the wide weight looks it up, so forward,
+recompute, backward and every micro-batch of a step read the same codes. The weight itself would not do as a key:
+checkpointing hands its recomputed forward another tensor over the same storage. Nor would versions alone: fused AdamW
+writes without moving them, and so does FSDP where it gathers weights, so every optimizer's step drops all forms.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from typing import Any
+
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..quantization import Fp8Array, quantize_fp8
+from ._tensors import array
+
+BLOCK = (128, 128)
+
+_forms: Any = WeakIdKeyDictionary()  # storage: {place: (version, form)}
+_lock = threading.Lock()
+
+
+def fp8_weight(function: str, argument: str, w: Tensor, scale_format: Any) -> Fp8Array:
+    """``w`` in e4m3 with 128x128 blocks."""
+    if w.is_inference():  # has no version counter
+        return quantize_fp8(array(function, argument, w), block=BLOCK, scale_format=scale_format)
+    _watch_optimizers()
+    storage, version = w.untyped_storage(), w._version
+    place = (w.data_ptr(), w.dtype, w.shape, w.stride(), scale_format)
+    with _lock:
+        known = _forms.setdefault(storage, {}).get(place)
+    if known is not None and known[0] == version:
+        return known[1]
+    form = quantize_fp8(array(function, argument, w), block=BLOCK, scale_format=scale_format)
+    with _lock:
+        _forms.setdefault(storage, {})[place] = (version, form)
+    return form
+
+
+def forget_fp8_weights() -> None:
+    """Quantise every weight again when it is next used.
+
+    Needed only after a write that neither PyTorch's version counters nor an optimizer's step show: through ``.data``,
+    or NumPy.
+    """
+    with _lock:
+        _forms.clear()
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(lambda *_: forget_fp8_weights())
