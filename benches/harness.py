@@ -41,6 +41,7 @@ class Cell:
     work: Work | None = None
     set_threads: Callable[[int], object] = no_threads
     calls: int = 1
+    wake: bool = True  # before a sample
     spent: float = 0.0
     alone: bool = False
 
@@ -73,7 +74,7 @@ def prepare(problem: Problem, peer: Peer, column: Column, threads: int) -> Cell 
             cell.status, cell.note = "wrong answer", f"error {cell.error:.1e} over {cell.tolerance:.0e}"
             return cell
         cell.work = work
-        cell.calls = calls_of_a_sample(work)
+        gauge(cell)
     except Exception as error:  # a peer may fail in any way; the table says how
         cell.status, cell.note = "failed", reason(error)
     return cell
@@ -107,8 +108,8 @@ def _sample(cell: Cell, threads: int, cold: bool, pause: float) -> None:
         _evict()
     time.sleep(pause)
     try:
-        if not cold:
-            _wake(cell)
+        if cell.wake and not cold:
+            _wake(cell.work)
         seconds = _time(cell.work, calls)
     except Exception as error:
         cell.status, cell.note, cell.work = "failed", reason(error), None
@@ -117,21 +118,20 @@ def _sample(cell: Cell, threads: int, cold: bool, pause: float) -> None:
     cell.spent += seconds * calls
 
 
-def calls_of_a_sample(work: Work) -> int:
-    seconds = _time(work, 1)
-    if seconds < SAMPLE_SECONDS:
-        seconds = _time(work, 3)
-    return max(1, int(SAMPLE_SECONDS / max(seconds, 1e-7)))
-
-
-def _wake(cell: Cell) -> None:
-    """Calls that are not timed; those of over 0.2 s, which do not notice, are spared."""
+def gauge(cell: Cell) -> None:
+    """How many calls make a sample; calls of 0.2 s do not notice that threads have to wake."""
     assert cell.work is not None
-    if cell.calls == 1 and cell.samples and cell.samples[0] > 0.2:
-        return
+    seconds = _time(cell.work, 1)
+    if seconds < SAMPLE_SECONDS:
+        seconds = _time(cell.work, 3)
+    cell.calls, cell.wake = max(1, int(SAMPLE_SECONDS / max(seconds, 1e-7))), seconds < 0.2
+
+
+def _wake(work: Work) -> None:
+    """Calls that are not timed."""
     end = time.perf_counter() + WAKE_SECONDS
     while True:
-        cell.work.run()
+        work.run()
         if time.perf_counter() >= end:
             return
 

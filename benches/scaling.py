@@ -61,7 +61,8 @@ def measure(works: list[tuple[str, Work, int]], rounds: int) -> list[harness.Cel
         cell.set_threads = lambda n, threads=threads: pyroute.set_num_threads(threads)
         cell.set_threads(threads)
         work.run()
-        cell.work, cell.calls = work, harness.calls_of_a_sample(work)
+        cell.work = work
+        harness.gauge(cell)
         cells.append(cell)
     harness.sample(cells, 0, rounds, pause=0.0)  # nobody else's threads are here
     for cell in cells:

@@ -267,3 +267,11 @@ def test_the_summary_shows_the_latest_line_beside_its_peer(benches, tmp_path, ca
     assert printed[4] == "| gate a | pyroute 2 ms (1 ms to 4 ms) | other 6 ms | 3.00 | 2 | met |"
     assert printed[-1] == "| gate | 0.90, 20% |  |  |  |  |  |  |  |"
     assert "9 ms" not in "\n".join(printed)
+
+
+def test_of_several_peers_the_fastest_counts(benches):
+    import bars
+
+    bar = bars.faster("pyroute", ("slow", "fast", "missing"), 2)
+    assert bar.value(bars.Measured({"pyroute": 1.0, "slow": 9.0, "fast": 1.5}, 1.0, 1.0, 1.0), None) == 1.5
+    assert not bar.met(1.5)
