@@ -13,6 +13,8 @@ from typing import Any
 from pyroute.bench.machine import cores, cpu_model, describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
+# of what could change a time: not the records of the same hour, and their plots
+CHANGES = ("status", "--porcelain", "-uno", "--", ".", ":!benches/results", ":!docs")
 
 
 def common_facts() -> dict[str, Any]:
@@ -20,7 +22,7 @@ def common_facts() -> dict[str, Any]:
     machine = describe_machine()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "--short=12", "HEAD") + ("-dirty" if _git(*CHANGES) else ""),
         **{key: machine[key] for key in ("cpu", "cores", "compiler", "isa", "threads", "python", "numpy")},
     }
 

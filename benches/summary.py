@@ -1,15 +1,16 @@
 """Recorded comparisons and scaling as Markdown: of every case the latest line, with what it was held against.
 
-    python benches/summary.py                              the newest file of benches/results
-    python benches/summary.py --since 2026-11-22T04:30 results.jsonl
+    python benches/summary.py                                     this machine's file of benches/results
+    python benches/summary.py --since 2026-11-22 results.jsonl    only what was measured that day and later
 
-Groups by instruction set, threads and caches.
+Groups by instruction set, threads and caches. benches/results/README.md is such a summary.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,13 @@ import records
 from pyroute.bench.terminal import duration
 
 Line = dict[str, Any]
+SCALING = """## Scaling
+
+For each size the slope of the logarithms and the largest distance from a fitted line; the time on one thread over that on
+n, over n; the slowest load against the balanced one; the two odd sizes that differ most from their neighbours.
+
+| | T | k | E | H | I | threads | loads | odd sizes |
+|---|---|---|---|---|---|---|---|---|"""
 HEADER = "| work | pyroute, median (p10 to p90) | beside | ratio | bar | |\n|---|---|---|---:|---:|---|"
 
 
@@ -30,11 +38,22 @@ def latest(lines: Iterable[Line]) -> list[Line]:
     return list(kept.values())
 
 
+def title(lines: list[Line]) -> str:
+    last = lines[-1]
+    days = sorted({line["date"][:10] for line in lines})
+    commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
+    return (
+        f"# {last['cpu']}, {last['cores']} cores, {last['compiler']}\n\n"
+        f"Measured {' to '.join(days[:1] + days[1:][-1:])} at {commits}; written by `python benches/summary.py`.\n"
+        "[docs/benchmarking.md](../../docs/benchmarking.md) holds the rules.\n"
+    )
+
+
 def tables(lines: list[Line]) -> Iterator[str]:
     held = [line for line in latest(lines) if line.get("bars")]
     for group in dict.fromkeys((line["isa"], line["threads"], line["cache"]) for line in held):
         isa, threads, cache = group
-        yield f"### {isa}, {threads} thread{'s' * (threads > 1)}{', cold caches' * (cache == 'cold')}\n"
+        yield f"## {isa}, {threads} thread{'s' * (threads > 1)}{', cold caches' * (cache == 'cold')}\n"
         yield HEADER
         for line in held:
             if (line["isa"], line["threads"], line["cache"]) == group:
@@ -73,7 +92,11 @@ def scaling(lines: list[Line]) -> Iterator[str]:
     points = [line for line in latest(lines) if "points" in line]
     if not points:
         return
-    yield "### Scaling\n\n| | T | k | E | H | I | threads | loads | odd sizes |\n|---|---|---|---|---|---|---|---|---|"
+    yield (
+        "## Scaling\n\n"
+        + SCALING
+        + "\n\n| | T | k | E | H | I | threads | loads | odd sizes |\n|---|---|---|---|---|---|---|---|---|"
+    )
     for op in dict.fromkeys(line["op"] for line in points):
         mine = [line for line in points if line["op"] == op]
         fits = {line["case"].rsplit(" ", 1)[-1]: line["fit"] for line in mine if "fit" in line}
@@ -92,7 +115,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     lines = [json.loads(text) for text in args.file.read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if line["date"] >= args.since]
-    print("\n".join([*tables(lines), *scaling(lines)]))
+    if not lines:
+        print(f"summary.py: {args.file} holds no line of {args.since or 'any day'}", file=sys.stderr)
+        return 2
+    print("\n".join([title(lines), *tables(lines), *scaling(lines)]))
     return 0
 
 

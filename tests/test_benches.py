@@ -256,20 +256,24 @@ def test_the_summary_shows_the_latest_line_beside_its_peer(benches, tmp_path, ca
 
     met = {"bar": "pyroute : best peer", "target": 2, "value": 3.0, "met": True}
     lines = [
-        recorded("pyroute", 9e-3, bars=[{**met, "value": 1.0, "met": False}], date="2026-01-01"),
+        recorded("pyroute", 9e-3, bars=[{**met, "value": 1.0, "met": False}], date="2026-01-01T01:02"),
         recorded("pyroute", 2e-3, bars=[met]),
         recorded("other", 6e-3),
-        recorded("other", 6e-3, date="2026-01-01"),
+        recorded("other", 6e-3, date="2026-01-01T01:02"),
         {"op": "gate", "case": "growth with T", "column": "pyroute", "points": [], "fit": {"power": 0.9, "worst": 0.2}},
     ]
     path = tmp_path / "lines.jsonl"
-    path.write_text("".join(json.dumps({"date": "2026-01-02", **line}) + "\n" for line in lines))
+    facts = {"date": "2026-01-02T05:06", "cpu": "EPYC", "cores": 2, "compiler": "GCC", "commit": "abc"}
+    path.write_text("".join(json.dumps({**facts, **line}) + "\n" for line in lines))
     assert summary.main([str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0] == "### avx2, 2 threads"
-    assert printed[4] == "| gate a | pyroute 2 ms (1 ms to 4 ms) | other 6 ms | 3.00 | 2 | met |"
+    assert printed[0] == "# EPYC, 2 cores, GCC"
+    assert printed[2] == "Measured 2026-01-01 to 2026-01-02 at abc; written by `python benches/summary.py`."
+    assert printed[5] == "## avx2, 2 threads"
+    assert printed[9] == "| gate a | pyroute 2 ms (1 ms to 4 ms) | other 6 ms | 3.00 | 2 | met |"
     assert printed[-1] == "| gate | 0.90, 20% |  |  |  |  |  |  |  |"
     assert "9 ms" not in "\n".join(printed)
+    assert summary.main([str(path), "--since", "2027"]) == 2
 
 
 def test_of_several_peers_the_fastest_counts(benches):
