@@ -1,8 +1,8 @@
 #include "cpu/gating.h"
 
 #include <algorithm>
-#include <memory>
 
+#include "cpu/memory.h"
 #include "cpu/threads.h"
 
 namespace pyroute::cpu {
@@ -14,9 +14,9 @@ int64_t tokens_per_share(int64_t num_experts) { return std::max<int64_t>(1, 10'0
 
 // body(begin, end, scratch) over tokens; the scratch memory is allocated once per share.
 template <class Body> void over_tokens(const Logits &logits, Body &&body) {
-    const auto row = static_cast<size_t>((logits.num_experts + 31) / 32 * 32);
+    const int64_t row = (logits.num_experts + 31) / 32 * 32;
     parallel_ranges(logits.num_tokens, tokens_per_share(logits.num_experts), [&](int64_t begin, int64_t end) {
-        const std::unique_ptr<double[]> scratch(new double[row * gating_scratch_rows]);
+        const Workspace<double> scratch(row * (end - begin < 8 ? gating_scratch_rows : gating_block_rows));
         body(begin, end, scratch.get());
     });
 }
@@ -58,8 +58,7 @@ void expert_choice(const ExpertChoiceArgs &args) {
         kernels.expert_choice_keys(args, begin, end, scratch);
     });
     parallel_chunks(args.logits.num_experts, 1, [&](int64_t begin, int64_t end) {
-        const auto row = static_cast<size_t>((args.num_real + 31) / 32 * 32);
-        const std::unique_ptr<double[]> scratch(new double[row * choose_scratch_rows]);
+        const Workspace<double> scratch((args.num_real + 31) / 32 * 32 * choose_scratch_rows);
         kernels.expert_choice(args, begin, end, scratch.get());
     });
 }

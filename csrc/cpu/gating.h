@@ -11,9 +11,9 @@ void topk_gating_backward(const GatingBackwardArgs &args);
 void gating_loss_terms(const LossTermsArgs &args);
 void expert_choice(const ExpertChoiceArgs &args);
 
-// Scratch memory of one thread: at most 16 rows of E numbers, each padded to a multiple of 32; to choose tokens, 3 rows
-// of R numbers, each padded to a multiple of 32.
-constexpr int64_t gating_scratch_rows = 16, choose_scratch_rows = 3;
+// Scratch memory of one thread, aligned to 64 bytes: rows of E doubles, each padded to a multiple of 32, 16 for less
+// than eight tokens; to choose tokens, 3 rows of R doubles, each padded to a multiple of 32.
+constexpr int64_t gating_scratch_rows = 16, gating_block_rows = 34, choose_scratch_rows = 3;
 
 // Kernels take tokens (choose: experts) [begin, end) and the scratch memory of their thread.
 struct GatingKernels {

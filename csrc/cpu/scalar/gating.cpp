@@ -1,265 +1,210 @@
-// Gating, forward, one token at a time.
-//
-//   scores    a vector program per expert; only of the chosen experts where nothing else needs them
-//   choice    of values without NaN: groups by their best two (gating_groups.h), then the k best by a threshold
-//             (gating_select.h). With NaN, long lists and groups ranked by more: integer keys in the order of the
-//             values, inserted one by one (gating_choice.h). Both give the same ids
-//   weights   k values, in slot order
+// Gating, forward: tokens eight at a time, step by step (gating_block.h), those that are left over or out of the
+// ordinary one at a time (gating_token.h), softmax over at most eight experts in columns (gating_small.h). All three
+// give the same bytes.
 //
 // Reads E logits and writes 8 k bytes a token; a row of scratch (E values, at most four times) stays in the L1 cache.
 #include "cpu/gating.h"
 
-#include "cpu/scalar/gating_choice.h"
-#include "cpu/scalar/gating_groups.h"
-#include "cpu/scalar/gating_scores.h"
+#include "cpu/scalar/gating_block.h"
 #include "cpu/scalar/gating_small.h"
+#include "cpu/scalar/gating_token.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
 namespace {
 
-template <class Scalar> struct ForwardRows {
-    using Key = typename Lane<Scalar>::Int;
-    Scalar *logits, *scores, *bias, *ranked, *chosen, *weights, *candidates;
-    Key *keys, *score_keys, *group_keys; // what ranks experts, experts inside groups without a bias, groups
-    SortBuffer<Key> sort;
-    int32_t *group_ids, *kept; // kept[g]: may the token take experts of group g
-    bool bias_is_finite = true;
+// --- eight tokens ---------------------------------------------------------------------------------------------------
 
-    explicit ForwardRows(void *workspace, int64_t num_experts) {
+// Scratch memory of a block: per token a row of logits and one of what it chooses from, and a shortlist.
+struct BlockRows {
+    int64_t stride;
+    float *logits, *values, *listed;
+    int32_t *places;
+
+    explicit BlockRows(void *workspace, int64_t num_experts) : stride(padded(num_experts) + row_block) {
         Scratch scratch{static_cast<char *>(workspace)};
-        const int64_t row = padded(num_experts);
-        Scalar **const values[] = {&logits, &scores, &bias, &ranked, &chosen, &weights};
-        Key **const ordered[] = {&keys, &score_keys, &group_keys};
-        for (Scalar **array : values)
-            *array = take<Scalar>(scratch, row);
-        for (Key **array : ordered)
-            *array = take<Key>(scratch, row);
-        group_ids = take<int32_t>(scratch, row);
-        kept = take<int32_t>(scratch, row);
-        sort = take_sort_buffer<Key>(scratch, row);
-        candidates = take<Scalar>(scratch, row + row_block);
-        memset(chosen, 0, static_cast<size_t>(row) * sizeof(Scalar));
-    }
-
-    void load_bias(const void *from, int64_t num_experts) {
-        copy_row(from, 0, num_experts, bias);
-        for (int64_t i = 0; i < num_experts; ++i)
-            bias_is_finite = bias_is_finite && bias[i] - bias[i] == 0;
+        logits = take<float>(scratch, block_tokens * stride);
+        values = take<float>(scratch, block_tokens * stride);
+        listed = take<float>(scratch, stride);
+        places = take<int32_t>(scratch, stride);
     }
 };
 
-// --- choice -------------------------------------------------------------------------------------------------------
-
-template <class Scalar, class Value>
-PYROUTE_INLINE void keys_of_row(typename Lane<Scalar>::Int *keys, int64_t count, Value value) {
-    for (int64_t i = 0; i < count; i += Lane<Wide<Scalar>>::width)
-        store(keys + i, order_keys(value(i)));
+// Whether a call's tokens can go in blocks: numbers of slots, or 0.
+template <class Scalar> PYROUTE_INLINE int64_t block_slots(const GatingArgs &args, const ForwardRows<Scalar> &rows) {
+    const Router &r = args.router;
+    const bool plain = sizeof(Scalar) == 4 && !args.given_idx && (!args.bias || rows.bias_is_finite) &&
+                       r.num_experts <= block_experts_most && r.top_k <= block_slots_most;
+    const bool grouped = r.num_groups == 1 || (r.num_groups <= groups_most && r.group_topn <= 2);
+    return !plain || !grouped ? 0 : r.top_k <= 8 ? 8 : 16;
 }
 
-// The key that ranks a group: of the sum of its n largest values, largest first.
-template <class Scalar>
-PYROUTE_INLINE typename Lane<Scalar>::Int group_key(const typename Lane<Scalar>::Int *keys, int64_t size, int64_t n,
-                                                    const ForwardRows<Scalar> &rows) {
-    using Keys = typename Lane<Wide<Scalar>>::Int;
-    Scalar score;
-    if (n <= 2) {
-        const auto top = top_two<Keys>(keys, size);
-        if (n == 1)
-            return top.first;
-        score = value_of_key<Scalar>(top.first) + value_of_key<Scalar>(top.second);
-    } else {
-        best_positions<Keys>(keys, {1, size, nullptr}, n, rows.group_ids, rows.sort);
-        score = value_of_key<Scalar>(keys[rows.group_ids[0]]);
-        for (int64_t i = 1; i < n; ++i)
-            score += value_of_key<Scalar>(keys[rows.group_ids[i]]);
-    }
-    return order_keys(broadcast<Wide<Scalar>>(score))[0];
-}
-
-// Marks the groups that a token keeps, from the keys that rank its experts.
-template <class Scalar>
-PYROUTE_INLINE void keep_groups(const Router &router, const typename Lane<Scalar>::Int *keys,
-                                const ForwardRows<Scalar> &rows) {
-    const int64_t size = router.num_experts / router.num_groups;
-    for (int64_t g = 0; g < router.num_groups; ++g) {
-        rows.group_keys[g] = group_key(keys + g * size, size, router.group_topn, rows);
-        rows.kept[g] = 0;
-    }
-    best_positions<typename Lane<Wide<Scalar>>::Int>(rows.group_keys, {1, router.num_groups, nullptr},
-                                                     router.topk_groups, rows.group_ids, rows.sort);
-    for (int64_t i = 0; i < router.topk_groups; ++i)
-        rows.kept[rows.group_ids[i]] = 1;
-}
-
-// Ids, best first, whatever the values. The scores are there if there is a bias or if there are groups.
-template <class Scalar>
-__attribute__((noinline)) void choose_any(const Router &router, bool biased, const Scalar *z,
-                                          const ForwardRows<Scalar> &rows, int32_t *ids) {
-    using V = Wide<Scalar>;
-    const int64_t num_experts = router.num_experts, num_groups = router.num_groups;
-    if (biased)
-        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t i) PYROUTE_INLINED {
-            return load<V>(rows.scores + i) + load<V>(rows.bias + i);
-        });
-    else
-        keys_of_row<Scalar>(rows.keys, num_experts, [&](int64_t i) PYROUTE_INLINED { return load<V>(z + i); });
-    if (num_groups > 1) {
-        if (!biased)
-            keys_of_row<Scalar>(rows.score_keys, num_experts,
-                                [&](int64_t i) PYROUTE_INLINED { return load<V>(rows.scores + i); });
-        keep_groups(router, biased ? rows.keys : rows.score_keys, rows);
-    }
-    const Candidates candidates{num_groups, num_experts / num_groups, num_groups > 1 ? rows.kept : nullptr};
-    best_positions<typename Lane<V>::Int>(rows.keys, candidates, router.top_k, ids, rows.sort);
-}
-
-// The same for values without NaN; false if it takes choose_any.
-template <class Scalar>
-PYROUTE_INLINE bool choose_ordered(const Router &router, bool biased, const Scalar *z, const ForwardRows<Scalar> &rows,
-                                   int32_t *ids) {
-    const int64_t top_k = router.top_k;
-    const Scalar *values = biased ? rows.ranked : z;
-    if (top_k > select_most)
-        return false;
+// Scores and ranks a token's experts and leaves what it chooses from in block.values.
+PYROUTE_INLINE void rank_token(const GatingArgs &args, const ForwardRows<float> &rows, float *values, int t,
+                               Block &block, int32_t *bases) {
+    const Router &router = args.router;
+    const bool biased = args.bias != nullptr;
+    SoftmaxParts<float> softmax = {};
+    ForwardRows<float> mine = rows;
     if (router.num_groups == 1)
-        return select_best(values, router.num_experts, top_k, ids);
-    if (router.num_groups > groups_most || router.group_topn > 2 || router.num_experts > 65536)
-        return false;
-    const uint64_t kept = kept_groups(router, biased ? rows.ranked : rows.scores);
-    const int64_t size = router.num_experts / router.num_groups;
-    int32_t base[groups_most];
-    if (!kept || !select_best(rows.candidates, gather_groups(values, size, kept, rows.candidates, base), top_k, ids))
-        return false;
-    const uint64_t inverse = ((uint64_t(1) << 32) + static_cast<uint64_t>(size) - 1) / static_cast<uint64_t>(size);
-    for (int64_t j = 0; j < top_k; ++j) // position / size is exact for positions and sizes up to 2^16
-        ids[j] += base[(static_cast<uint64_t>(ids[j]) * inverse) >> 32];
-    return true;
+        mine.ranked = values;
+    bool ordered = score_token(router, biased, true, block.logits[t], mine, softmax);
+    block.most[t] = softmax.largest;
+    block.sum[t] = softmax.sum;
+    if (router.num_groups > 1) {
+        const uint64_t kept = kept_groups(router, biased ? rows.ranked : rows.scores);
+        ordered = ordered && kept;
+        const uint64_t some = (uint64_t(1) << router.topk_groups) - 1; // of an odd token, as many as it should be
+        gather_groups(biased ? rows.ranked : block.logits[t], router.num_experts / router.num_groups,
+                      kept ? kept : some, values, bases);
+    }
+    block.values[t] = values;
+    block.odd |= static_cast<unsigned>(!ordered) << t;
 }
 
-// --- weights ------------------------------------------------------------------------------------------------------
-
-template <class Scalar> PYROUTE_INLINE Scalar weight_divisor(const Router &router, Scalar sum) {
-    const auto eps = static_cast<Scalar>(router.renormalize_eps);
-    return router.renormalize == Renormalize::sum ? sum + eps : (sum < eps ? eps : sum);
+// From positions among the kept groups' experts to experts, and their logits.
+PYROUTE_INLINE void load_chosen(const Router &router, const int32_t (*bases)[groups_most], Block &block) {
+    const auto size = static_cast<uint64_t>(router.num_experts / router.num_groups);
+    const uint64_t inverse = ((uint64_t(1) << 32) + size - 1) / size;
+    for (int64_t j = 0; j < router.top_k; ++j)
+        for (int t = 0; t < block_tokens; ++t) {
+            int32_t id = block.odd >> t & 1 ? 0 : block.ids[j][t];
+            if (router.num_groups > 1) // position / size is exact for positions and sizes up to 2^16
+                id += bases[t][(static_cast<uint64_t>(id) * inverse) >> 32];
+            block.ids[j][t] = id;
+            block.chosen[j][t] = block.logits[t][id];
+        }
 }
 
-// From scores at the slots, or logits at the slots for the post stage, to the weights. An id of -1 is not routed.
-template <class Scalar>
-PYROUTE_INLINE void finish_weights(const Router &router, const int32_t *ids, Scalar *values, Scalar *weights) {
-    using V = Wide<Scalar>;
+PYROUTE_INLINE void weigh_block(const Router &router, Block &block) {
     const int64_t top_k = router.top_k;
-    Scalar divisor = 1;
-    if (router.renormalize != Renormalize::none) {
-        Scalar sum = 0;
+    f32x8 most = load<f32x8>(block.most), sum = load<f32x8>(block.sum);
+    if (router.score == Score::softmax || router.post) {
+        if (router.post) {
+            most = load<f32x8>(block.chosen[0]);
+            for (int64_t j = 1; j < top_k; ++j)
+                most = larger(load<f32x8>(block.chosen[j]), most);
+            sum = f32x8{};
+        }
+        for (int64_t j = 0; j < top_k; ++j) {
+            const f32x8 e = exp_lanes(load<f32x8>(block.chosen[j]) - most);
+            store(block.weights[j], e);
+            if (router.post)
+                sum += e;
+        }
         for (int64_t j = 0; j < top_k; ++j)
-            sum += ids[j] >= 0 ? values[j] : Scalar(0);
-        divisor = weight_divisor(router, sum);
-    }
-    const auto scale = static_cast<Scalar>(router.scaling_factor);
-    for (int64_t j = 0; j < top_k; j += Lane<V>::width)
-        store(values + j, canonical(load<V>(values + j) / divisor * scale));
-    for (int64_t j = 0; j < top_k; ++j)
-        weights[j] = ids[j] >= 0 ? values[j] : Scalar(0);
-}
-
-template <class Program, class Scalar, class Keep>
-PYROUTE_INLINE bool score_and_rank_row(const Scalar *z, int64_t count, Keep keep) {
-    return map_row<Program>(z, count, [&](int64_t i, const auto &pack, const auto &e, auto range) PYROUTE_INLINED {
-        keep(i, score_of<Program>(pack, e, range));
-    });
-}
-
-// The scores that choosing needs, and in rows.ranked score + bias; returns whether none of them is NaN. `divisor` is
-// what rows.scores has still to be divided by.
-template <class Scalar>
-PYROUTE_INLINE bool score_token(const Router &router, bool biased, bool all_scores, const Scalar *z,
-                                const ForwardRows<Scalar> &rows, Scalar &divisor) {
-    using V = Wide<Scalar>;
-    const int64_t num_experts = router.num_experts;
-    const auto keep = [&](int64_t i, const auto &score) PYROUTE_INLINED {
-        store_pack(rows.scores + i, score);
-        if (biased)
-            store_pack(rows.ranked + i, score + load_pack_like(score, rows.bias + i));
-    };
-    bool ordered;
-    if (router.score == Score::softmax && (all_scores || !router.post)) {
-        const RowRange<Scalar> range = range_of_row(z, num_experts);
-        divisor = exp_row(z, range, rows.scores, num_experts);
-        ordered = all_scores ? divisor == divisor : range.largest == range.largest;
-        if (!all_scores)
-            return ordered;
-        for (int64_t i = 0; i < num_experts; i += Lane<V>::width)
-            keep(i, Pack<V, 1>{{load<V>(rows.scores + i) / divisor}});
-        divisor = 1;
-    } else if (!all_scores) {
-        return !has_nan(z, num_experts);
-    } else if (router.score == Score::sigmoid) {
-        ordered = !score_and_rank_row<Sigmoid>(z, num_experts, keep);
+            store(block.weights[j], load<f32x8>(block.weights[j]) / sum);
     } else {
-        ordered = !score_and_rank_row<Sqrtsoftplus>(z, num_experts, keep);
+        score_row(router.score, block.chosen[0], block.weights[0], top_k * block_tokens);
     }
-    if (biased)
-        fill_row(rows.ranked, num_experts, -WideOf<Scalar>::infinity);
-    return ordered && rows.bias_is_finite;
+    f32x8 divisor = broadcast<f32x8>(1.0f);
+    if (router.renormalize != Renormalize::none) {
+        const f32x8 eps = broadcast<f32x8>(static_cast<float>(router.renormalize_eps));
+        f32x8 total = {};
+        for (int64_t j = 0; j < top_k; ++j)
+            total += load<f32x8>(block.weights[j]);
+        divisor = router.renormalize == Renormalize::sum ? total + eps : larger(eps, total);
+    }
+    const auto scale = static_cast<float>(router.scaling_factor);
+    for (int64_t j = 0; j < top_k; ++j)
+        store(block.weights[j], canonical(load<f32x8>(block.weights[j]) / divisor * scale));
 }
 
-template <class Scalar>
-PYROUTE_INLINE void gate_token(const GatingArgs &args, const ForwardRows<Scalar> &rows, int64_t token) {
+// Columns of slots as rows of tokens. A row of eight may reach past its k; the next one covers that.
+template <int slots> PYROUTE_INLINE void write_columns(const void *columns, int64_t top_k, void *to) {
+    float rows[block_tokens * slots + 8];
+#pragma GCC unroll 2
+    for (int part = slots - 8; part >= 0; part -= 8) {
+        f32x8 v[8];
+#pragma GCC unroll 8
+        for (int j = 0; j < 8; ++j)
+            v[j] = load<f32x8>(static_cast<const float *>(columns) + (part + j) * block_tokens);
+        transpose(v);
+#pragma GCC unroll 8
+        for (int t = 0; t < block_tokens; ++t)
+            store(rows + t * top_k + part, v[t]);
+    }
+    memcpy(to, rows, static_cast<size_t>(block_tokens * top_k) * sizeof(float));
+}
+
+// Eight tokens' ids and weights; returns which of them have to go one by one.
+template <int slots>
+__attribute__((noinline)) unsigned gate_block(const GatingArgs &args, const ForwardRows<float> &rows,
+                                              const BlockRows &scratch, int64_t token) {
     const Router &router = args.router;
     const int64_t num_experts = router.num_experts, top_k = router.top_k;
-    const Scalar *z = row_of(args.logits, token, rows.logits);
-    int32_t *ids = args.topk_idx + token * top_k;
-    Scalar *weights = static_cast<Scalar *>(args.topk_weights) + token * top_k;
-    const bool biased = args.bias && !args.given_idx, all_scores = !args.given_idx && (biased || router.num_groups > 1);
-    Scalar divisor = 1;
-    if (!args.given_idx) {
-        if (!score_token(router, biased, all_scores, z, rows, divisor) || !choose_ordered(router, biased, z, rows, ids))
-            choose_any(router, biased, z, rows, ids);
-    } else {
-        if (router.score == Score::softmax && !router.post)
-            divisor = exp_row(z, range_of_row(z, num_experts), rows.scores, num_experts);
-        for (int64_t j = 0; j < top_k; ++j) {
-            const int32_t id = args.given_idx[token * top_k + j];
-            ids[j] = is_expert(id, num_experts) ? id : -1;
-        }
+    const bool all_scores = args.bias || router.num_groups > 1;
+    Block block;
+    int32_t bases[block_tokens][groups_most];
+    for (int t = 0; t < block_tokens; ++t) {
+        block.logits[t] = block.values[t] = row_of(args.logits, token + t, scratch.logits + t * scratch.stride);
+        if (all_scores)
+            rank_token(args, rows, scratch.values + t * scratch.stride, t, block, bases[t]);
     }
+    const int64_t count = num_experts / router.num_groups * router.topk_groups;
+    find_thresholds<slots>(block, count, top_k);
+    for (int t = 0; t < block_tokens && !all_scores; ++t) {
+        const bool by_row = router.score == Score::softmax && !router.post;
+        if (by_row) {
+            block.most[t] = block.largest[t];
+            block.sum[t] = exp_row(block.logits[t], RowRange<float>{block.largest[t], block.smallest[t]}, rows.scores,
+                                   num_experts);
+        }
+        block.odd |=
+            static_cast<unsigned>(by_row ? block.sum[t] != block.sum[t] : has_nan(block.logits[t], num_experts)) << t;
+    }
+    order_block<slots>(block, count, top_k, scratch.listed, scratch.places);
+    load_chosen(router, bases, block);
+    weigh_block(router, block);
+    write_columns<slots>(block.ids, top_k, args.topk_idx + token * top_k);
+    write_columns<slots>(block.weights, top_k, static_cast<float *>(args.topk_weights) + token * top_k);
+    return block.odd;
+}
 
-    const bool by_slot = router.post || (router.score != Score::softmax && !all_scores);
-    const Scalar *values = by_slot ? z : rows.scores;
-    for (int64_t j = 0; j < top_k; ++j)
-        rows.chosen[j] = ids[j] >= 0 ? values[ids[j]] : -WideOf<Scalar>::infinity;
-    const int64_t full = whole_vectors<Scalar>(top_k);
-    if (router.post)
-        softmax_of_slots(rows.chosen, rows.weights, top_k);
-    else if (by_slot)
-        score_row<Scalar>(router.score, rows.chosen, rows.weights, full);
-    else
-        for (int64_t j = 0; j < full; j += Lane<Wide<Scalar>>::width)
-            store(rows.weights + j, load<Wide<Scalar>>(rows.chosen + j) / divisor);
-    finish_weights(router, ids, rows.weights, weights);
+// --- all tokens -----------------------------------------------------------------------------------------------------
+
+template <class Scalar>
+PYROUTE_INLINE void gate_or_skip(const GatingArgs &args, const ForwardRows<Scalar> &rows, int64_t token) {
+    if (!args.token_mask || args.token_mask[token])
+        return gate_token(args, rows, token);
+    for (int64_t slot = token * args.router.top_k; slot < (token + 1) * args.router.top_k; ++slot) {
+        args.topk_idx[slot] = -1;
+        static_cast<Scalar *>(args.topk_weights)[slot] = 0;
+    }
+}
+
+// Returns the first token that is not in a block.
+PYROUTE_INLINE int64_t gate_blocks(const GatingArgs &args, const ForwardRows<float> &rows, int64_t begin, int64_t end,
+                                   void *workspace, int64_t slots) {
+    const BlockRows scratch(workspace, args.router.num_experts);
+    for (; begin + block_tokens <= end; begin += block_tokens) {
+        unsigned odd =
+            slots == 8 ? gate_block<8>(args, rows, scratch, begin) : gate_block<16>(args, rows, scratch, begin);
+        for (int t = 0; args.token_mask && t < block_tokens; ++t)
+            odd |= static_cast<unsigned>(!args.token_mask[begin + t]) << t;
+        for (; odd; odd &= odd - 1)
+            gate_or_skip(args, rows, begin + __builtin_ctz(odd));
+    }
+    return begin;
 }
 
 template <class Scalar> void gate_tokens(const GatingArgs &args, int64_t begin, int64_t end, void *workspace) {
     ForwardRows<Scalar> rows(workspace, args.router.num_experts);
     if (args.bias)
         rows.load_bias(args.bias, args.router.num_experts);
-    const int64_t top_k = args.router.top_k;
-    const bool small = small_softmax(args);
-    for (int64_t token = begin; token < end; ++token) {
-        if (small && token + small_tokens <= end && gate_small(args, token)) {
-            token += small_tokens - 1;
-            continue;
-        }
-        if (!args.token_mask || args.token_mask[token]) {
-            gate_token(args, rows, token);
-            continue;
-        }
-        for (int64_t slot = token * top_k; slot < (token + 1) * top_k; ++slot) {
-            args.topk_idx[slot] = -1;
-            static_cast<Scalar *>(args.topk_weights)[slot] = 0;
+    if constexpr (sizeof(Scalar) == 4) {
+        const int64_t slots = block_slots(args, rows);
+        if (small_softmax(args)) {
+            for (; begin + small_tokens <= end; begin += small_tokens)
+                if (!gate_small(args, begin))
+                    for (int64_t token = begin; token < begin + small_tokens; ++token)
+                        gate_or_skip(args, rows, token);
+        } else if (slots && end - begin >= block_tokens) {
+            begin = gate_blocks(args, rows, begin, end, rows.free, slots);
         }
     }
+    for (; begin < end; ++begin)
+        gate_or_skip(args, rows, begin);
 }
 
 void forward(const GatingArgs &args, int64_t begin, int64_t end, void *workspace) {

@@ -4,42 +4,12 @@
 // One token at a time spends most of a vector on padding and waits for every step: 2 of 8 took 86 ns a token on Zen 4.
 #pragma once
 
+#include "cpu/scalar/gating_columns.h"
 #include "cpu/scalar/gating_scores.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
 constexpr int small_experts = 8, small_tokens = 8;
-
-// Rows of eight as columns.
-PYROUTE_INLINE void transpose(f32x8 (&v)[8]) {
-#if defined(__AVX2__)
-    __m256 a[8], b[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_ps(bit_cast<__m256>(v[i]), bit_cast<__m256>(v[i + 1]));
-        a[i + 1] = _mm256_unpackhi_ps(bit_cast<__m256>(v[i]), bit_cast<__m256>(v[i + 1]));
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; i += 4)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0x44);
-            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0xee);
-        }
-#pragma GCC unroll 8
-    for (int i = 0; i < 4; ++i) {
-        v[i] = bit_cast<f32x8>(_mm256_permute2f128_ps(b[i], b[i + 4], 0x20));
-        v[i + 4] = bit_cast<f32x8>(_mm256_permute2f128_ps(b[i], b[i + 4], 0x31));
-    }
-#else
-    float rows[8][8], columns[8][8];
-    memcpy(rows, v, sizeof(rows));
-    for (int i = 0; i < 8; ++i)
-        for (int j = 0; j < 8; ++j)
-            columns[j][i] = rows[i][j];
-    memcpy(v, columns, sizeof(rows));
-#endif
-}
 
 PYROUTE_INLINE bool small_softmax(const GatingArgs &args) {
     const Router &r = args.router;
