@@ -22,8 +22,10 @@ template <class Id> class RoutePlanner {
     int64_t first_token(int64_t run) const { return num_tokens_ * run / num_runs_; }
 
     const Id *topk_idx_; // [num_tokens, top_k]
-    int64_t num_tokens_, top_k_, num_experts_, alignment_, num_runs_;
-    std::vector<int32_t> next_row_;    // [num_runs, num_experts + 1]: counts, then rows; column 0 is for -1
+    int32_t *columns(int64_t run) { return next_row_.data() + run * stride_; }
+
+    int64_t num_tokens_, top_k_, num_experts_, alignment_, num_runs_, stride_;
+    std::vector<int32_t> next_row_;    // [num_runs, stride]: counts, then rows; column 0 is for -1, e + 1 for expert e
     std::vector<int64_t> padding_end_; // [num_experts]
 };
 
