@@ -83,8 +83,13 @@ def lines(outcome: Any, args: Any) -> Iterator[dict[str, Any]]:
             met = [bar_line(bar, value) for bar, value in outcome.bars if bar_column(bar) == cell.name]
             if met:
                 line["bars"] = met
-        line["limits"], line["limits_after"] = outcome.limits[0], outcome.limits[-1]
+        line["limits"], line["limits_after"] = (rates(limits) for limits in (outcome.limits[0], outcome.limits[-1]))
         yield line
+
+
+def rates(limits: dict[str, Any]) -> dict[str, Any]:
+    """Of a run's limits what belongs into its record."""
+    return {key: limits[key] for key in ("isa", "fma_gflops", "read_gbs", "write_gbs", "copy_gbs", "steadiness")}
 
 
 def bar_column(bar: Any) -> str:

@@ -80,7 +80,7 @@ def line(op: str, case: str, cells: list[harness.Cell], args: argparse.Namespace
         **{f"{key}_s": [cell.percentile(q) for cell in cells] for key, q in (("median", 50), ("p10", 10), ("p90", 90))},
         "rounds": min(len(cell.samples) for cell in cells),
         "threads": args.threads,
-        "limits": args.limits.as_dict(),
+        "limits": report.rates(args.limits.as_dict()),
         **facts,
     }
 

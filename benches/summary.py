@@ -22,8 +22,8 @@ from pyroute.bench.terminal import duration
 Line = dict[str, Any]
 SCALING = """## Scaling
 
-For each size the slope of the logarithms and the largest distance from a fitted line; the time on one thread over that on
-n, over n; the slowest load against the balanced one; the two odd sizes that differ most from their neighbours.
+For each size the slope of the logarithms and the largest distance from a fitted line; the time on one thread over that
+on n, over n; the slowest load against the balanced one; the two odd sizes that differ most from their neighbours.
 
 | | T | k | E | H | I | threads | loads | odd sizes |
 |---|---|---|---|---|---|---|---|---|"""

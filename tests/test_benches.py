@@ -75,7 +75,8 @@ def benches(monkeypatch):
         threads = 1
 
         def as_dict(self):
-            return {"fma_gflops": 100.0, "read_gbs": 10.0, "write_gbs": 10.0, "copy_gbs": 20.0, "steadiness": 1.0}
+            rates = {"fma_gflops": 100.0, "read_gbs": 10.0, "write_gbs": 10.0, "copy_gbs": 20.0}
+            return {**rates, "isa": "avx2", "threads": 1, "steadiness": 1.0}
 
     monkeypatch.setattr(compare, "measure_limits", lambda quick: Limits())
     monkeypatch.setattr(harness, "PAUSE_SECONDS", 0.0)
