@@ -4,6 +4,8 @@
 //                 values are all finite, since its scale is made for them. No overflow, no NaN, half the work
 //   encode_any    the same for any products
 //
+// encode_run fetches what follows the run, in steps of its own, and can write its codes past the caches.
+//
 // Both are one float32 addition (cpu/half.h). With the exponent e of the product, at least the smallest normal one,
 // the number added is 2^(e + 23 - M) plus as many units as the codes below 2^e count, so that the low byte of the sum
 // is the code. On AVX-512 a table over the exponent gives the number; a magnitude's sign travels in packed bytes.
@@ -87,14 +89,17 @@ template <class Format> PYROUTE_INLINE __m256i codes8(__m256 magnitude) {
 }
 
 // Bytes in the order that packing leaves, twice four dwords, with the signs of `signs`; in the order of the elements.
-PYROUTE_INLINE void store_codes32(uint8_t *to, __m256i codes, __m256i signs, __m256i order) {
+template <bool streaming> PYROUTE_INLINE void store_codes32(uint8_t *to, __m256i codes, __m256i signs, __m256i order) {
     const __m256i sign = _mm256_and_si256(signs, _mm256_set1_epi8(-128));
-    _mm256_storeu_si256(reinterpret_cast<__m256i *>(to),
-                        _mm256_permutevar8x32_epi32(_mm256_or_si256(codes, sign), order));
+    const __m256i both = _mm256_permutevar8x32_epi32(_mm256_or_si256(codes, sign), order);
+    if (streaming)
+        _mm256_stream_si256(reinterpret_cast<__m256i *>(to), both);
+    else
+        _mm256_storeu_si256(reinterpret_cast<__m256i *>(to), both);
 }
 
 // bfloat16 with one scale: elements of even and odd places apart, which one shift brings together again.
-template <class Format, class Inverse>
+template <class Format, bool streaming, class Inverse>
 PYROUTE_INLINE void encode32_bf16(const uint16_t *x, const Inverse &inverse, uint8_t *codes) {
     const __m256 scale = eight_inverses(inverse, 0);
     __m256i v[2], words[2];
@@ -107,16 +112,16 @@ PYROUTE_INLINE void encode32_bf16(const uint16_t *x, const Inverse &inverse, uin
         const __m256i high = codes8<Format>(_mm256_mul_ps(_mm256_castsi256_ps(odd), scale));
         words[i] = _mm256_blend_epi16(low, _mm256_slli_epi32(high, 16), 0xaa);
     }
-    store_codes32(codes, _mm256_packus_epi16(words[0], words[1]), _mm256_packs_epi16(v[0], v[1]),
-                  _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
+    store_codes32<streaming>(codes, _mm256_packus_epi16(words[0], words[1]), _mm256_packs_epi16(v[0], v[1]),
+                             _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
 }
 
 PYROUTE_INLINE __m256i low_halves(__m256i v) { return _mm256_and_si256(v, _mm256_set1_epi32(0xffff)); }
 
-template <class Type, class Format, class Inverse>
+template <class Type, class Format, bool streaming, class Inverse>
 PYROUTE_INLINE void encode32(const typename Type::Storage *x, const Inverse &inverse, uint8_t *codes) {
     if constexpr (is_bfloat16<Type> && Inverse::per_32)
-        return encode32_bf16<Format>(x, inverse, codes);
+        return encode32_bf16<Format, streaming>(x, inverse, codes);
     __m256 v[4];
     __m256i c[4];
     const __m256 no_sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
@@ -131,7 +136,7 @@ PYROUTE_INLINE void encode32(const typename Type::Storage *x, const Inverse &inv
     const __m256i signs = _mm256_packs_epi16(words(v[0], v[1]), words(v[2], v[3]));
     const __m256i packed = _mm256_packus_epi16(_mm256_packus_epi32(low_halves(c[0]), low_halves(c[1])),
                                                _mm256_packus_epi32(low_halves(c[2]), low_halves(c[3])));
-    store_codes32(codes, packed, signs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    store_codes32<streaming>(codes, packed, signs, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
 }
 
 #endif
@@ -166,12 +171,16 @@ template <class Format> PYROUTE_INLINE __m512i codes16(__m512 magnitude) {
     return _mm512_castps_si512(_mm512_add_ps(magnitude, _mm512_castsi512_ps(number)));
 }
 
-PYROUTE_INLINE void store_codes64(uint8_t *to, __m512i codes, __m512i signs, __m512i order) {
-    const __m512i both = _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi8(-128), 0xf8); // a | (b & c)
-    _mm512_storeu_si512(to, _mm512_maskz_permutexvar_epi32(0xffff, order, both));
+template <bool streaming> PYROUTE_INLINE void store_codes64(uint8_t *to, __m512i codes, __m512i signs, __m512i order) {
+    const __m512i mixed = _mm512_ternarylogic_epi32(codes, signs, _mm512_set1_epi8(-128), 0xf8); // a | (b & c)
+    const __m512i both = _mm512_maskz_permutexvar_epi32(0xffff, order, mixed);
+    if (streaming)
+        _mm512_stream_si512(reinterpret_cast<__m512i *>(to), both);
+    else
+        _mm512_storeu_si512(to, both);
 }
 
-template <class Format, class Inverse>
+template <class Format, bool streaming, class Inverse>
 PYROUTE_INLINE void encode64_bf16(const uint16_t *x, const Inverse &inverse, uint8_t *codes) {
     __m512i v[2], words[2];
 #pragma GCC unroll 2
@@ -184,8 +193,8 @@ PYROUTE_INLINE void encode64_bf16(const uint16_t *x, const Inverse &inverse, uin
         const __m512i high = codes16<Format>(_mm512_mul_ps(_mm512_castsi512_ps(odd), scale));
         words[i] = _mm512_mask_blend_epi16(0xaaaaaaaau, low, _mm512_maskz_slli_epi32(0xffff, high, 16));
     }
-    store_codes64(codes, _mm512_packus_epi16(words[0], words[1]), _mm512_packs_epi16(v[0], v[1]),
-                  _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+    store_codes64<streaming>(codes, _mm512_packus_epi16(words[0], words[1]), _mm512_packs_epi16(v[0], v[1]),
+                             _mm512_setr_epi32(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
 }
 
 template <class Type> PYROUTE_INLINE __m512 sixteen_f32(const typename Type::Storage *x) {
@@ -196,10 +205,10 @@ template <class Type> PYROUTE_INLINE __m512 sixteen_f32(const typename Type::Sto
 }
 template <> __m512 sixteen_f32<Float32>(const float *x) { return load<__m512>(x); }
 
-template <class Type, class Format, class Inverse>
+template <class Type, class Format, bool streaming, class Inverse>
 PYROUTE_INLINE void encode64(const typename Type::Storage *x, const Inverse &inverse, uint8_t *codes) {
     if constexpr (is_bfloat16<Type> && Inverse::per_32)
-        return encode64_bf16<Format>(x, inverse, codes);
+        return encode64_bf16<Format, streaming>(x, inverse, codes);
     const __m512 no_sign = _mm512_castsi512_ps(_mm512_set1_epi32(0x7fffffff));
     __m512 v[4];
     __m512i c[4];
@@ -218,25 +227,35 @@ PYROUTE_INLINE void encode64(const typename Type::Storage *x, const Inverse &inv
     // clang-format on
     const __m512i packed =
         _mm512_packus_epi16(_mm512_permutex2var_epi16(c[0], low, c[1]), _mm512_permutex2var_epi16(c[2], low, c[3]));
-    store_codes64(codes, packed, _mm512_packs_epi16(words(v[0], v[1]), words(v[2], v[3])),
-                  _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    store_codes64<streaming>(codes, packed, _mm512_packs_epi16(words(v[0], v[1]), words(v[2], v[3])),
+                             _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
 }
 
 #endif
 
-template <class Type, class Format, class Inverse>
+template <class Storage> PYROUTE_INLINE void fetch(const Storage *from, int64_t count) {
+    for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(Storage)))
+        __builtin_prefetch(from + i);
+}
+
+// Streaming takes codes that are aligned to 64 bytes and a multiple of 64 elements.
+template <class Type, class Format, bool streaming, class Inverse>
 PYROUTE_INLINE void encode_run(const typename Type::Storage *x, int64_t n, const Inverse &inverse, uint8_t *codes) {
     int64_t c = 0;
 #if defined(__AVX512BW__)
-    for (; c + 64 <= n; c += 64)
-        encode64<Type, Format>(x + c, Inverse::from(inverse, c), codes + c);
+    for (; c + 64 <= n; c += 64) {
+        fetch(x + n + c, 64);
+        encode64<Type, Format, streaming>(x + c, Inverse::from(inverse, c), codes + c);
+    }
     if (c + 32 <= n) {
-        encode32<Type, Format>(x + c, Inverse::last(inverse, c), codes + c);
+        encode32<Type, Format, false>(x + c, Inverse::last(inverse, c), codes + c);
         c += 32;
     }
 #elif defined(__AVX2__)
-    for (; c + 32 <= n; c += 32)
-        encode32<Type, Format>(x + c, Inverse::last(inverse, c), codes + c);
+    for (; c + 32 <= n; c += 32) {
+        fetch(x + n + c, 32);
+        encode32<Type, Format, streaming>(x + c, Inverse::last(inverse, c), codes + c);
+    }
 #endif
     for (; c + 8 <= n; c += 8)
         store(codes + c, fp8_encode<Format>(load_f32<Type>(x + c) * eight_at(inverse, c)));

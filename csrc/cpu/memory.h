@@ -15,6 +15,9 @@ namespace pyroute::cpu {
 // Shorter blocks are the C library's own, which re-uses them well.
 constexpr size_t smallest_kept_block = 64 << 10;
 
+// Results that are larger are written past the caches: a reader right after would not find them there anyway.
+constexpr int64_t most_cached_result = 8 << 20;
+
 // A block of at least `bytes`, aligned to 64 bytes (to a page, and from 2 MiB on to 2 MiB, if it is large); what it
 // holds is arbitrary. Null when there is no memory, even with every kept block released. Any thread may give it back.
 void *take_block(size_t bytes) noexcept;

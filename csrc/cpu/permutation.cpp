@@ -5,6 +5,7 @@
 #include <memory>
 #include <stdexcept>
 
+#include "cpu/memory.h"
 #include "cpu/quantization.h"
 #include "cpu/threads.h"
 
@@ -53,8 +54,7 @@ bool is_routed(const RouteMaps &maps, int64_t token) {
     return std::any_of(rows, rows + maps.top_k, [](int32_t row) { return row >= 0; });
 }
 
-// What a reader right after would not find in a last-level cache anyway.
-bool pass_the_caches(int64_t bytes) { return bytes > 8 << 20; }
+bool pass_the_caches(int64_t bytes) { return bytes > most_cached_result; }
 
 } // namespace
 
@@ -92,7 +92,7 @@ void permute_quantize(const PermuteQuantizeArgs &args) {
             const int64_t count = std::min(run, end - first);
             for (int64_t i = 0; i < count; ++i)
                 if (is_routed(args.maps, first + i))
-                    quantize({x + (first + i) * hidden * size, 1, hidden, args.block_cols, args.power_of_two,
+                    quantize({x + (first + i) * hidden * size, 1, hidden, args.block_cols, args.power_of_two, false,
                               codes.get() + i * hidden, scales.get() + i * row_scales});
             const int32_t *to_row = args.maps.token_to_row + first * top_k;
             spread({top_k, to_row, hidden, codes.get(), args.codes, streaming}, 0, count);

@@ -10,6 +10,7 @@ struct QuantizeStrip {
     const void *x; // [rows, cols]
     int64_t rows, cols, block_cols;
     bool power_of_two;
+    bool streaming; // past the caches; the caller ends it with finish_streaming
     uint8_t *codes; // [rows, cols]
     float *scales;  // [col blocks]
 };
@@ -22,6 +23,7 @@ struct DequantizeStrip {
 };
 
 struct QuantizationKernels {
+    void (*finish_streaming)();
     void (*quantize[4][2])(const QuantizeStrip &);     // by FloatType, Fp8Format
     void (*dequantize[4][2])(const DequantizeStrip &); // by FloatType, Fp8Format
 };
