@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -411,7 +413,10 @@ def test_unpermute_reads_past_2_to_the_31(floor, dtype, rng):
     """Token 1's row begins 2**31 + 2**21 items into the rows; the padding between is never touched memory."""
     hidden = 2**21
     plan = plan_routes(np.array([[0], [1]]), 2, alignment=1025, backend=floor.backend)
-    rows = np.zeros((2050, hidden), dtype)
+    # not np.zeros: under MALLOC_PERTURB_ glibc's calloc writes every byte, here 17 GB
+    num_bytes = 2050 * hidden * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    rows = np.frombuffer(memory, dtype).reshape(2050, hidden)
     rows[0], rows[1025] = rng.integers(1, 256, (2, hidden))
     weights = None if dtype == "uint8" else np.ones((2, 1), np.float32)
     assert_same_bytes(unpermute(rows, plan, weights, backend=floor.backend), rows[[0, 1025]])
