@@ -8,6 +8,7 @@ thread pools of the others stop spinning, and then the column wakes its own. doc
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterable
 
@@ -15,9 +16,13 @@ import numpy as np
 from peers import Column, Peer, Work, reason
 from problems import TOLERANCES, Problem
 
+import pyroute
+from pyroute import _backend
+
 PAUSE_SECONDS = 0.06
 WAKE_SECONDS = 0.01  # untimed calls after the pause: until a thread has woken a call may take a tick of the scheduler
 SAMPLE_SECONDS = 0.02  # several such ticks of 4 ms
+COLD_CALLS = 5  # of a sample with cold caches at most
 COLUMN_SECONDS = 6.0  # a column that has used this up is sampled no more, except for its first round
 
 
@@ -102,15 +107,12 @@ def _sample(cell: Cell, threads: int, cold: bool, pause: float) -> None:
     cell.set_threads(threads)
     if cell.work.before:
         cell.work.before()
-    calls = cell.calls
-    if cold:
-        calls = 1
-        _evict()
+    calls = min(cell.calls, COLD_CALLS) if cold else cell.calls
     time.sleep(pause)
     try:
-        if cell.wake and not cold:
+        if cell.wake:
             _wake(cell.work)
-        seconds = _time(cell.work, calls)
+        seconds = _time_cold(cell.work, calls) if cold else _time(cell.work, calls)
     except Exception as error:
         cell.status, cell.note, cell.work = "failed", reason(error), None
         return
@@ -145,11 +147,23 @@ def _time(work: Work, calls: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
-_evictor: list[np.ndarray] = []
+def _time_cold(work: Work, calls: int) -> float:
+    """The same with emptied caches before every call."""
+    seconds = 0.0
+    for _ in range(calls):
+        _evict()
+        seconds += _time(work, 1)
+    return seconds / calls
+
+
+@functools.cache
+def _evictor() -> np.ndarray:
+    return np.zeros(1 << 27, np.uint8)
 
 
 def _evict() -> None:
-    """Write more than any last cache holds."""
-    if not _evictor:
-        _evictor.append(np.zeros(1 << 27, np.uint8))
-    _evictor[0] += 1
+    """Read more than any last cache holds; with all threads, so that they are awake for what follows."""
+    if _backend.HAS_CORE:
+        _backend.core.probe_read(_evictor(), pyroute.get_num_threads())
+    else:
+        _evictor().max()
