@@ -115,6 +115,60 @@ def test_threads_share_the_columns(kind, threads, rng):
     assert_same_bytes(got, grouped_gemm(a, b, offsets_of(1, 2, 3), out_dtype="float32", backend="cpu"))
 
 
+# --- a single row: columns one after another, up to 32 blocks of the contraction at a time ----------------------------
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "e4m3", "e5m2"])
+@pytest.mark.parametrize("blocks", [2, 3, 4, 5, 6, 7, 8, 31, 32, 33, 35, 66])
+def test_blocks_of_a_long_contraction(cpu_floor, kind, blocks, rng):
+    for n, k in [(3, 128 * blocks), (131, 128 * blocks), (2, 128 * blocks + 17)]:
+        b, _ = operand(rng, kind, (1, n, k), WEIGHT_BLOCK)
+        a, _ = operand(rng, "bfloat16", (2, k))
+        assert_like_tiles(a, b)
+        x, _ = operand(rng, "e4m3", (1, k), ROW_BLOCK)
+        assert_like_tiles(x, b)
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("block", [(128, 128), (1, 128), (3, 256), (5, 512), (128, 64)])
+def test_columns_whose_scales_change(cpu_floor, kind, block, rng):
+    b = codes_of(rng, kind, (1, 260, 1408), block)
+    a, _ = operand(rng, "bfloat16", (2, 1408))
+    assert_like_tiles(a, b)
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("place", [0, 2, 8])
+def test_one_block_of_a_row_that_no_power_of_two_fits(cpu_floor, kind, place, rng):
+    """The blocks before it are already multiplied by theirs when it is met."""
+    n, k = 20, 9 * 128
+    b = codes_of(rng, kind, (1, n, k))
+    for edge in ("far apart", "2^48", "below 2^40", "smallest that 2^48 allows"):
+        a = rng.standard_normal((1, k)).astype(np.float32)
+        a[0, 512:640] *= 1000
+        a[0, 128 * place : 128 * (place + 1)] = rng.choice(np.float32(EDGES[edge]), 128)
+        assert_like_tiles(a, b)
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+def test_a_code_that_is_no_number_in_every_block(cpu_floor, kind, rng):
+    """Each column has one, at another place of another block; the columns between keep their bytes."""
+    n, k = 2 * 11 * 4, 11 * 128
+    clean = codes_of(rng, kind, (1, n, k))
+    a = rng.standard_normal((1, k)).astype(np.float32)
+    a[0, 640:768] *= 1000
+    before = by_tiles(a, clean)
+    for special in [0x7F, 0xFF] if kind == "e4m3" else [0x7C, 0xFE]:
+        codes = clean.codes.copy()
+        cols = np.arange(0, n, 2)
+        codes.view(np.uint8)[0, cols, cols // 2 % 11 * 128 + rng.integers(0, 128, len(cols))] = special
+        b = Fp8Array(codes, clean.scales, clean.block, kind)
+        assert_like_tiles(a, b)
+        got = grouped_gemm(a, b, offsets_of(1), backend="cpu")
+        assert_same_bytes(np.ascontiguousarray(got[:, 1::2]), np.ascontiguousarray(before[:, 1::2]))
+        assert not np.isfinite(got[:, cols]).any()
+
+
 # --- activations and codes at the edges of what a power of two may hide ----------------------------------------------
 
 TINY = [1e-45, -1e-45, 2.0**-126, -(2.0**-140), 0.0, -0.0]

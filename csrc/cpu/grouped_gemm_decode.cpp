@@ -11,7 +11,7 @@
 namespace pyroute::cpu {
 namespace {
 
-constexpr int64_t task_bytes = 128 << 10;  // of weights: 10 us of reading
+constexpr int64_t task_bytes = 128 << 10;  // of weights: 10 us of reading; twice that for a single row
 constexpr int64_t share_bytes = 256 << 10; // below that a thread is not worth waking
 
 } // namespace
@@ -26,7 +26,8 @@ bool DecodeBatch::add(const PanelSource &x, const PanelSource &y, int64_t num_ro
     entry.product = {x, y, num_rows, out, num_cols, out_type};
     const int64_t row_bytes = std::max<int64_t>(1, y.length * item_size(y.type));
     entry.num_cols = num_cols;
-    entry.task_cols = std::clamp<int64_t>(task_bytes / row_bytes / 8 * 8, 8, decode_totals / num_rows / 8 * 8);
+    entry.task_cols = std::clamp<int64_t>((num_rows == 1 ? 2 : 1) * task_bytes / row_bytes / 8 * 8, 8,
+                                          decode_totals / num_rows / 8 * 8);
     entry.end_task = (count_ ? entries_[count_ - 1].end_task : 0) + divide_up(num_cols, entry.task_cols);
     bytes_ += num_cols * row_bytes;
     ++count_;

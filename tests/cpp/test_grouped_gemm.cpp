@@ -4,7 +4,12 @@
 #include <algorithm>
 #include <cmath>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/grouped_gemm.h"
+#include "cpu/threads.h"
 #include "fuzz.h"
 #include "rows.h"
 
@@ -342,6 +347,42 @@ Segments crowded(int64_t rows) {
     return s;
 }
 
+// A caller whose processor takes subnormals for zero (-ffast-math, torch.set_flush_denormal) loses none of the codes:
+// their values are normal float32 numbers, whatever form a kernel gives them on the way.
+void subnormals_flushed(Random &random) {
+#if defined(__SSE2__)
+    constexpr unsigned flush_and_zero = 0x8040;
+    constexpr int64_t n = 40, k = 1200;
+    const int threads = cpu::num_threads();
+    cpu::set_num_threads(1); // the register is a thread's own
+    for (const ElementType type : {ElementType::e4m3, ElementType::e5m2})
+        for (const int64_t rows : {1, 2, 5, 8, 20}) {
+            Operand a(ElementType::float32, 1, rows, k, 0), b(type, 1, n, k, 0);
+            for (int64_t i = 0; i < rows * k; ++i)
+                reinterpret_cast<float *>(a.data.get())[i] = random.real();
+            for (int64_t i = 0; i < n * k; ++i) // half of them with exponent 0
+                b.data[i] = static_cast<uint8_t>(random.integer(0, 1) * 0x30 + random.integer(0, 3) + 0x80 * (i & 1));
+            const int64_t offsets[2] = {0, rows};
+            for_each_isa([&](cpu::Isa) {
+                Outputs kept(0x11, 0), flushed(0x22, 0);
+                cpu::grouped_gemm(
+                    {a.args, b.args, offsets, kept.poisoned<float>(rows * n), ElementType::float32, rows, 1, n, k});
+                const unsigned before = _mm_getcsr();
+                for (const unsigned bits : {0x8000u, 0x40u, flush_and_zero}) {
+                    float *to = flushed.poisoned<float>(rows * n);
+                    _mm_setcsr(before | bits);
+                    cpu::grouped_gemm({a.args, b.args, offsets, to, ElementType::float32, rows, 1, n, k});
+                    _mm_setcsr(before);
+                    CHECK(same_bytes(kept.get<float>(0), to, 4 * rows * n));
+                }
+            });
+        }
+    cpu::set_num_threads(threads);
+#else
+    (void)random;
+#endif
+}
+
 } // namespace
 
 int main() {
@@ -356,4 +397,5 @@ int main() {
     forward_or_dgrad(random, tasks, false);
     wgrad(random, tasks);
     forward_or_dgrad(random, rounds, false);
+    subnormals_flushed(random);
 }

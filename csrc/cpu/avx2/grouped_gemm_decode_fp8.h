@@ -28,6 +28,9 @@ template <class Format> struct Shifted {
         return place(_mm_cvtsi64_si128(static_cast<int64_t>(codes)));
     }
     PYROUTE_INLINE f32x8 finish(const Block &b, const f32x8 &partial) { return partial * broadcast<f32x8>(b.undo); }
+    PYROUTE_INLINE f32x8 finish(const Run &r, int block, const f32x8 &partial) {
+        return partial * broadcast<f32x8>(r.undo[block]);
+    }
 
     // A code that is no number among those of these columns.
     PYROUTE_INLINE bool any_special(const Block &b, int col, int cols) {
@@ -121,6 +124,50 @@ template <class Format, int rows> struct ShiftedBlock {
         for (; col < b.num_cols; ++col)
             multiply_shifted<Format, rows, 1>(b, col);
         done_with_block(b, 1);
+    }
+};
+
+template <class Format> struct ShiftedRun {
+    using Storage = uint8_t;
+    static bool place(Block &b, int block) {
+        if (!choose_power<Format>(b, 1))
+            return false;
+        b.run.undo[block] = b.undo;
+        b.run.restore[block] = b.restore;
+        return ExactRun<Fp8<Format>>::place(b, block);
+    }
+
+    template <int blocks>
+    PYROUTE_INLINE void add(const ShiftedRun &, const Run &r, const uint8_t *y, int first, f32x8 &total) {
+        if (__builtin_expect(any_special<blocks>(y + first * panel_depth), 0))
+            add_restored(r, y, first, blocks, total);
+        else
+            add_blocks<Shifted<Format>, blocks>(r, y, first, total);
+    }
+
+  private:
+    // A code that is no number.
+    template <int blocks> PYROUTE_INLINE bool any_special(const uint8_t *y) {
+        const __m256i limit = _mm256_set1_epi8(static_cast<char>(Shifted<Format>::special_code - 1));
+        const __m256i sign = _mm256_set1_epi8(-128);
+        __m256i largest[2] = {limit, limit};
+#pragma GCC unroll 4
+        for (int k = 0; k < blocks * panel_depth; k += 64)
+            for (int j = 0; j < 2; ++j)
+                largest[j] = _mm256_max_epu8(largest[j], _mm256_or_si256(load<__m256i>(y + k + 32 * j), sign));
+        return _mm256_movemask_epi8(_mm256_cmpeq_epi8(_mm256_max_epu8(largest[0], largest[1]), limit)) != -1;
+    }
+
+    // The same blocks with the row as it was: a multiplication back is exact.
+    static __attribute__((noinline)) void add_restored(const Run &r, const uint8_t *y, int first, int blocks,
+                                                       f32x8 &total) {
+        for (int i = first; i < first + blocks; ++i) {
+            f32x8 partial = {};
+            for (int k = i * panel_depth; k < (i + 1) * panel_depth; k += lanes)
+                partial = fma(load<f32x8>(r.x + k) * broadcast<f32x8>(r.restore[i]), Exact<Fp8<Format>>::widen(y + k),
+                              partial);
+            total = fma(partial, broadcast<f32x8>(r.scales[i]), total);
+        }
     }
 };
 

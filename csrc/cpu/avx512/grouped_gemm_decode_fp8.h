@@ -146,5 +146,49 @@ template <class Format, int rows> struct TableBlock {
     }
 };
 
+// Blocks of one column, two in a register; a last one without a partner is its own, and that half is not used.
+template <class Format> struct TableRun {
+    using Storage = uint8_t;
+    CodeReader<Format> reader;
+
+    static bool place(Block &b, int block) {
+        float *to = b.run.x + block / 2 * 2 * panel_depth + block % 2 * lanes;
+        const bool alone = block % 2 == 0 && block + 1 == b.run.num_blocks;
+        for (int k = 0; k < panel_depth; k += lanes, to += 2 * lanes) {
+            store(to, load<f32x8>(&b.x[0][k]));
+            if (alone)
+                store(to + lanes, f32x8{});
+        }
+        return true;
+    }
+
+    template <int blocks>
+    PYROUTE_INLINE void add(const TableRun &kernel, const Run &r, const uint8_t *y, int first, f32x8 &total) {
+        constexpr int pairs = (blocks + 1) / 2;
+        const float *x = r.x + first * panel_depth;
+        y += first * panel_depth;
+        __m512 partial[pairs], values[4];
+#pragma GCC unroll 2
+        for (int j = 0; j < pairs; ++j)
+            partial[j] = _mm512_setzero_ps();
+#pragma GCC unroll 4
+        for (int k = 0; k < panel_depth; k += 32)
+#pragma GCC unroll 2
+            for (int j = 0; j < pairs; ++j) {
+                const uint8_t *from = y + 2 * j * panel_depth + k;
+                const int partner = 2 * j + 1 < blocks ? panel_depth : 0;
+                CodeReader<Format>::read(kernel.reader, load<__m256i>(from), load<__m256i>(from + partner), values);
+#pragma GCC unroll 4
+                for (int step = 0; step < 4; ++step)
+                    partial[j] = _mm512_fmadd_ps(_mm512_load_ps(x + 2 * (j * panel_depth + k + step * lanes)),
+                                                 values[step], partial[j]);
+            }
+#pragma GCC unroll 4
+        for (int i = 0; i < blocks; ++i)
+            total = fma(bit_cast<f32x8>(_mm512_maskz_extractf32x8_ps(0xff, partial[i / 2], i % 2)),
+                        broadcast<f32x8>(r.scales[first + i]), total);
+    }
+};
+
 } // namespace
 } // namespace pyroute::cpu::PYROUTE_ISA
