@@ -339,6 +339,22 @@ def test_any_number_of_threads(cpu_floor, threads, block, rng):
         assert_same_bytes(dequantize_fp8(ours, "bfloat16", backend="cpu"), dequantize_fp8(base, "bfloat16"))
 
 
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (1, 32)])
+@pytest.mark.parametrize(("dtype", "cols"), [(np.float32, 2048), (ml_dtypes.bfloat16, 2112), (np.float32, 2100)])
+def test_codes_that_pass_the_caches(cpu_floor, threads, block, dtype, cols, rng):
+    """The same bytes as in pieces that are too small to; rows of whole cache lines and others, and one infinity."""
+    x = rng.normal(size=(4224, cols)).astype(dtype)
+    x[700, 5] = np.inf
+    whole = quantize_fp8(x, block=block, backend="cpu")
+    assert whole.codes.size > 8 << 20
+    for first in range(0, len(x), 1024):
+        part = quantize_fp8(x[first : first + 1024], block=block, backend="cpu")
+        scale_rows = slice(first // block[0], first // block[0] + len(part.scales))
+        assert_same_bytes(whole.codes[first : first + 1024], part.codes)
+        assert_same_bytes(whole.scales[scale_rows], part.scales)
+
+
 def test_a_row_does_not_depend_on_its_neighbours(floor, rng):
     x = rng.normal(size=(257, 300)).astype(np.float32)
     alone = [quantize_fp8(x[r : r + 1], backend=floor.backend) for r in range(0, 257, 16)]
