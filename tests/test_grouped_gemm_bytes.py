@@ -229,3 +229,22 @@ def test_numpy_gives_the_bytes_of_the_kernels_where_products_are_exact(rng):
     assert_same_bytes(
         grouped_gemm_wgrad(g, a, offsets, backend="numpy"), grouped_gemm_wgrad(g, a, offsets, backend="cpu")
     )
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("counts", "n", "k"), [((48, 0, 7), 1030, 1040), ((3, 131, 129), 1030, 1040), ((5, 3), 1500, 1501)]
+)
+def test_large_gradients_have_the_bytes_of_small_ones(cpu_floor, counts, n, k, rng):
+    """Large gradients in whole lines go past the caches, those of one expert or into odd addresses do not."""
+    offsets = offsets_of(*counts)
+    g, a = wild(rng, "float32", (offsets[-1], n), ROW_BLOCK), wild(rng, "float32", (offsets[-1], k), ROW_BLOCK)
+    shape = (len(counts), n, k)
+    memory = np.full(np.prod(shape) + 32, np.float32(7))
+    line = -memory.ctypes.data // 4 % 16  # where a cache line begins
+    for start in (line, line + 1):
+        out = memory[start : start + np.prod(shape)].reshape(shape)
+        grouped_gemm_wgrad(g, a, offsets, out=out, backend="cpu")
+        for e, (begin, end) in enumerate(itertools.pairwise(offsets)):
+            alone = grouped_gemm_wgrad(g[begin:end], a[begin:end], np.array([0, end - begin]), backend="cpu")
+            assert_same_bytes(out[e : e + 1], alone)

@@ -95,7 +95,7 @@ Part part_at(const std::vector<int64_t> &part_ends, int64_t index) {
 
 struct Output {
     ElementType type;
-    bool accumulate;
+    bool accumulate, streams;
 };
 
 class Round {
@@ -148,6 +148,7 @@ class Round {
         product.out_type = output_.type;
         product.out_stride = p.num_cols;
         product.accumulate = output_.accumulate;
+        product.streams = output_.streams;
         if (next < num_tasks())
             product.next = columns_of(next);
         kernels_.multiply(product);
@@ -259,7 +260,7 @@ void multiply_by_segment(const GroupedGemmArgs &args, bool transposed) {
     decode.run();
     const int64_t used = args.expert_offsets[args.num_experts];
     std::memset(out + used * row_bytes, 0, static_cast<size_t>((args.num_rows - used) * row_bytes));
-    run_products(products, {args.out_type, false});
+    run_products(products, {args.out_type, false, false});
 }
 
 } // namespace
@@ -279,7 +280,10 @@ void grouped_gemm_wgrad(const GroupedGemmWgradArgs &args) {
         else if (!args.accumulate)
             std::memset(out, 0, sizeof(float) * static_cast<size_t>(args.n * args.k));
     }
-    run_products(products, {ElementType::float32, args.accumulate});
+    // What no cache would hold until its reader comes; rows of whole lines.
+    const bool streams = args.num_experts * args.n * args.k * 4 > 8 << 20 && args.k % 16 == 0 &&
+                         reinterpret_cast<uintptr_t>(args.out) % 64 == 0 && !args.accumulate;
+    run_products(products, {ElementType::float32, args.accumulate, streams});
 }
 
 } // namespace pyroute::cpu

@@ -64,6 +64,7 @@ struct PanelProduct {
     ElementType out_type;
     int64_t out_stride;
     bool accumulate; // add to out, float32 only
+    bool streams;    // out goes past the caches: float32, whole lines, not added to
     NextRead next;
 };
 
