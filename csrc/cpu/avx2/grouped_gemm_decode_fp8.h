@@ -66,12 +66,7 @@ template <class Type> struct Restored : Exact<Type> {
 // it was as long as nothing is lost at the lower end: float32 x is a multiple of 2^(e - 23) where 2^e is the smallest
 // magnitude beside zero, w of 2^(min_exponent - mantissa_bits); if 2^-32 times their product is no less than 2^-149,
 // the smallest subnormal, then sums round where they rounded before. At the upper end sums stay far below 2^128.
-//
-// A caller who has the processor flush subnormals to zero would lose the codes that are subnormal float32 here.
 template <class Format> bool choose_power(Block &b, int rows) {
-    constexpr unsigned flush_or_zero = 0x8040;
-    if (_mm_getcsr() & flush_or_zero)
-        return false;
     constexpr int bias = Shifted<Format>::bias, smallest_exponent = -94 + Format::mantissa_bits - Format::min_exponent;
     const __m256i one = _mm256_set1_epi32(1), magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i largest = _mm256_setzero_si256(), smallest = _mm256_set1_epi32(-1); // less one, so that zero is the largest
