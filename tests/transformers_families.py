@@ -41,7 +41,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 0},
     "zaya": {"num_experts_per_tok": 1},
-}
+    # outside the experts interface
+    "dbrx": {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 8, "moe_top_k": 2, "hidden_size": 32},
+    },
+    "jetmoe": {"kv_channels": 8},
+    "llama4": {"intermediate_size_mlp": 48},
+    "longcat_flash": {
+        "expert_ffn_hidden_size": 24, "ffn_hidden_size": 48, "zero_expert_num": 4, "num_layers": 2,
+        "num_key_value_heads": 4,
+    },
+    "step3p7": {"sliding_window": 8, "mlp_layer_types": ["dense", "sparse"], "swiglu_limits": [0.0, 1.5]},
+}  # fmt: skip
 
 
 # Families whose models need more than sizes to be built small: their experts are compared alone.
@@ -57,6 +70,13 @@ def families() -> list[str]:
     models = Path(transformers.__file__).parent / "models"
     found = (p for p in models.glob("*/modeling_*.py") if "@use_experts_implementation" in p.read_text())
     return sorted(p.parent.name for p in found if p.stem == f"modeling_{p.parent.name}")
+
+
+def outside_families() -> list[str]:
+    """Model types whose experts do not go through that interface, and that pyroute covers."""
+    from pyroute.integrations.transformers.swapping import all_families
+
+    return sorted(set(all_families()) - set(families()))
 
 
 def candidates(family: str) -> list[type]:
@@ -78,11 +98,16 @@ def tiny_config(model_class: type, family: str) -> Any:
     config_class = model_class.config_class
     known = {field.name for field in dataclasses.fields(config_class)}
     wanted = {**SIZES, **OVERRIDES.get(family, {})}
-    return config_class(**{name: value for name, value in wanted.items() if name in known and value is not None})
+    config = config_class(**{name: value for name, value in wanted.items() if name in known and value is not None})
+    if family == "dbrx":
+        config.attn_config.rope_theta = 10000.0  # its own class lacks what its model reads
+    return config
 
 
 def experts_of(model: Any) -> list[Any]:
-    return [module for module in model.modules() if hasattr(module, "is_transposed")]
+    from pyroute.integrations.transformers.outside import FORWARDS
+
+    return [m for m in model.modules() if hasattr(m, "is_transposed") or type(m).__name__ in FORWARDS]
 
 
 def tiny_model(family: str) -> Any:
@@ -95,7 +120,7 @@ def tiny_model(family: str) -> Any:
             config = tiny_config(model_class, family)
             with torch.device("meta"):
                 size = sum(p.numel() for p in model_class._from_config(copy.deepcopy(config)).parameters())
-            if size > 8e6:
+            if size > 1e7:
                 reasons.append(f"{model_class.__name__} has {size} parameters")
                 continue
             torch.manual_seed(0)
@@ -103,6 +128,9 @@ def tiny_model(family: str) -> Any:
             routers = [p for p in model.parameters() if p.shape == (SIZES["num_experts"], SIZES["hidden_size"])]
             for parameter in (*routers, *(p for module in experts_of(model) for p in module.parameters())):
                 torch.nn.init.normal_(parameter, std=0.2)
+            for name, buffer in model.named_buffers():  # biases that choose
+                if name.endswith(("e_score_correction_bias", "expert_bias")):
+                    torch.nn.init.normal_(buffer, std=0.1)
             model(input_ids=torch.arange(3, 9)[None])
             if experts_of(model):
                 return model
@@ -144,12 +172,51 @@ def tiny_experts(family: str) -> Any:
     raise LookupError("; ".join(reasons))
 
 
-def line(family: str, module: Any, model: Any = None) -> str:
+def router_classes(family: str) -> list[type]:
+    """The classes of a family that look like routers."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    classes = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__]
+    return [c for c in classes if re.search(r"(Router|MoE\w*Gate)$", c.__name__) and "Vision" not in c.__name__]
+
+
+def tiny_router(family: str) -> Any:
+    """The router alone, for families whose experts are compared alone."""
+    import torch
+
+    for model_class in candidates(family):
+        for router_class in router_classes(family):
+            try:
+                config = tiny_config(model_class, family)
+                for name, value in SIZES.items():
+                    if getattr(config, name, value) is None:
+                        setattr(config, name, value)
+                torch.manual_seed(0)
+                router = router_class(config)
+            except Exception:
+                continue
+            for tensor in (*router.parameters(), *router.buffers()):
+                torch.nn.init.normal_(tensor, std=0.2)
+            return router
+    raise LookupError(family)
+
+
+def rules(swapped: Any) -> str:
+    """The routers' part of a line: rules without the sizes of the tiny model, or why a router keeps its own code."""
+    texts = [text for text in swapped.swapped.values() if text.startswith("num_experts=")]
+    words = {re.sub(r"(num_experts|top_k|num_groups|topk_groups)=\d+,?", "", text).strip(",") for text in texts}
+    known = [f"`{word}`" if word else "`score=softmax`" for word in sorted(words)]
+    known += [f"its own: {why}" for why in sorted(set(swapped.left.values()))]
+    return "; ".join(known) or ("with the experts" if "Llama4TextMoe" in swapped.swapped else "its own")
+
+
+def line(family: str, module: Any, model: Any, swapped: Any) -> str:
     """The family's line of the table, after ``module`` has run on pyroute."""
     activation = module.__dict__.get("_pyroute_activation")
     way = "step by step" if activation is None else f"`{activation[0]}`"
+    if family in outside_families() and activation is None:
+        way = f"`{type(module).__name__}`"
     compared = "experts module" if model is None else f"`{type(model).__name__}`"
-    return f"| {family} | {compared} | {way} |"
+    return f"| {family} | {compared} | {way} | {rules(swapped)} |"
 
 
 def call_experts(module: Any, forward: Any) -> list[Any]:
@@ -166,24 +233,27 @@ def call_experts(module: Any, forward: Any) -> list[Any]:
 
 
 def write_table() -> None:
+    import warnings
+
     import torch
 
     from pyroute.integrations import transformers as integration
 
-    integration.install()
+    warnings.simplefilter("ignore")
     lines = []
-    for family in families():
+    for family in (*families(), *outside_families()):
         model = None if family in EXPERTS_ONLY else tiny_model(family)
         if model is None:
             module = tiny_experts(family)
             call_experts(module, integration.experts_forward)
+            swapped = integration.swap(tiny_router(family))
         else:
-            model.set_experts_implementation("pyroute")
-            model(input_ids=torch.arange(3, 9)[None])
             module = experts_of(model)[0]
-        lines.append(line(family, module, model))
+            swapped = integration.swap(model)
+            model(input_ids=torch.arange(3, 9)[None])
+        lines.append(line(family, module, model, swapped))
     path = Path(__file__).resolve().parent.parent / "docs" / "transformers.md"
-    head, rule, _ = path.read_text().partition("|---|---|---|\n")
+    head, rule, _ = path.read_text().partition("|---|---|---|---|\n")
     path.write_text(head + rule + "\n".join(lines) + "\n")
 
 

@@ -1,61 +1,17 @@
-"""Hugging Face transformers v5: the experts implementation ``"pyroute"``.
-
-    from pyroute.integrations import transformers as pyroute_transformers
-
-    pyroute_transformers.install()
-    model = AutoModelForCausalLM.from_pretrained(name, experts_implementation="pyroute")
-    model.set_experts_implementation("pyroute")  # or for a model that is there
-
-The models keep their routers, weights and checkpoints; the experts run on pyroute. Models outside transformers' experts
-interface (Llama 4, DBRX, JetMoE, LongCat-Flash, ...) do not accept the name and are left as they are.
-"""
+"""The forward of transformers' experts modules on pyroute's kernels."""
 
 from __future__ import annotations
 
-import sys
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._activation import Activation
-from ..pytorch import grouped_gemm, moe_forward, permute, plan_routes, unpermute
-
-NAME = "pyroute"
-TESTED = ("5.23",)
+from ..._activation import Activation
+from ...pytorch import grouped_gemm, moe_forward, permute, plan_routes, unpermute
 
 _ACTIVATION = "_pyroute_activation"
 _Recognised = tuple[Activation, "float | None", "float | None"]
-
-
-def install() -> None:
-    """Make ``experts_implementation="pyroute"`` known to transformers; a second call changes nothing.
-
-    Raises
-    ------
-    ImportError
-        If transformers is not installed or has no experts interface (before version 5).
-    """
-    interface = _interface()
-    version = ".".join(sys.modules["transformers"].__version__.split(".")[:2])
-    if version not in TESTED:
-        message = f"pyroute.integrations.transformers: tested with transformers {', '.join(TESTED)}, this is {version}"
-        warnings.warn(message, stacklevel=2)
-    interface.register(NAME, experts_forward)
-
-
-def uninstall() -> None:
-    """Take the name back. Models that still have it as their implementation fail at their next call, saying so."""
-    _interface()._global_mapping.pop(NAME, None)
-
-
-def _interface() -> Any:
-    try:
-        from transformers.integrations.moe import ExpertsInterface
-    except ImportError as error:
-        raise ImportError(f"pyroute.integrations.transformers: needs transformers 5 or newer: {error}") from error
-    return ExpertsInterface
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -77,7 +33,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     """
     num_experts = self.num_experts
     ids = top_k_index.masked_fill(top_k_index == num_experts, -1)
-    activation = None if self.is_transposed or self.has_post_expert_norm else _activation(self)
+    activation = None if self.is_transposed or self.has_post_expert_norm else activation_of(self)
     if activation is not None:
         name, limit, alpha = activation
         up = self.gate_up_proj if self.has_gate else self.up_proj
@@ -88,10 +44,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         return moe_forward(
             hidden_states, ids, top_k_weights, up, self.down_proj, activation=name, limit=limit, alpha=alpha, **biases
         )
-    return _by_steps(self, hidden_states, ids, top_k_weights)
+    return by_steps(self, hidden_states, ids, top_k_weights)
 
 
-def _by_steps(self: Any, hidden_states: Tensor, ids: Tensor, top_k_weights: Tensor) -> Tensor:
+def by_steps(self: Any, hidden_states: Tensor, ids: Tensor, top_k_weights: Tensor) -> Tensor:
     """Any activation, layout and norm: the module's own code between pyroute's products."""
     plan = plan_routes(ids, self.num_experts)
     offsets = plan.expert_offsets
@@ -115,7 +71,7 @@ def _by_steps(self: Any, hidden_states: Tensor, ids: Tensor, top_k_weights: Tens
     return unpermute(rows.to(hidden_states.dtype), plan, top_k_weights.float())
 
 
-def _activation(self: Any) -> _Recognised | None:
+def activation_of(self: Any) -> _Recognised | None:
     """The activation of ``moe_forward`` that this module applies, with its limit and alpha; None for any other.
 
     Found by trying the module's own code on a grid of numbers, once, so that classes that nobody has heard of are
