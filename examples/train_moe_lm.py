@@ -1,6 +1,6 @@
 """Train a sparse byte-level transformer on Python's own documentation: five variants, step by step side by side.
 
-    python examples/train_moe_lm.py            about four minutes on two cores; writes train_moe_lm.json and .png
+    python examples/train_moe_lm.py            about three minutes on two cores; writes train_moe_lm.json and .png
     python examples/train_moe_lm.py --quick    a few seconds
 
 All variants start from the same weights and see the same batches; step i of each comes before step i + 1 of any, so
@@ -271,11 +271,11 @@ def report(log: dict[str, Any], console: Console) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and 12 steps")
-    parser.add_argument("--steps", type=int, help="180, or 12 with --quick")
+    parser.add_argument("--steps", type=int, help="120, or 12 with --quick")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for train_moe_lm.json and .png")
     options, console = parser.parse_args(arguments), Console()
     pyroute.set_num_threads(torch.get_num_threads())
-    log = train(QUICK if options.quick else FULL, options.steps or (12 if options.quick else 180), console)
+    log = train(QUICK if options.quick else FULL, options.steps or (12 if options.quick else 120), console)
     report(log, console)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "train_moe_lm.json").write_text(json.dumps(log))
