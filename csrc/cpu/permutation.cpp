@@ -62,8 +62,10 @@ void permute(const PermuteArgs &args) {
     check_slots(args.maps);
     zero_padding(args.maps, args.rows, args.row_bytes);
     const RouteMaps &maps = args.maps;
-    const SpreadArgs rows = {maps.top_k, maps.token_to_row, args.row_bytes,
-                             args.x,     args.rows,         pass_the_caches(maps.num_rows * args.row_bytes)};
+    const SpreadArgs rows = {maps.top_k,        maps.token_to_row,
+                             args.row_bytes,    args.x,
+                             args.rows,         pass_the_caches(maps.num_rows * args.row_bytes),
+                             maps.row_to_token, maps.num_rows};
     parallel_ranges(maps.num_tokens, grain(args.row_bytes * (maps.top_k + 1)),
                     [&](int64_t begin, int64_t end) { current_permutation_kernels().spread(rows, begin, end); });
 }

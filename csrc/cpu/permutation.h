@@ -13,6 +13,10 @@ struct SpreadArgs {
     const uint8_t *x; // [num_tokens, row_bytes]
     uint8_t *rows;    // [num_rows, row_bytes]
     bool streaming;   // past the caches: the rows are too many to stay in them
+    // For streaming, or null: the inverse map, whose padding rows are zero already. A line that two rows share is then
+    // written once, with the second one.
+    const int32_t *row_to_token = nullptr; // [num_rows]
+    int64_t num_rows = 0;
 };
 
 struct PermutationKernels {

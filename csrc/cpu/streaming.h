@@ -60,6 +60,20 @@ PYROUTE_INLINE void stream_bytes(uint8_t *to, const uint8_t *from, int64_t bytes
 #endif
 }
 
+// The line that ends with the first `head` bytes of `from`, which has 64, and begins with the last ones of a run that
+// ends at `before_end`, zeros if null; `to` is where `from` goes, `head` bytes before the end of its line.
+PYROUTE_INLINE void stream_joint(uint8_t *to, const uint8_t *before_end, const uint8_t *from, int64_t head) {
+    uint8_t both[128] = {};
+    if (before_end)
+        memcpy(both, before_end - 64, 64);
+    memcpy(both + 64, from, 64);
+#if defined(__SSE2__)
+    stream_line(to + head - 64, both + head);
+#else
+    memcpy(to + head - 64, both + head, 64);
+#endif
+}
+
 // Before another thread may be told that the bytes are there.
 PYROUTE_INLINE void finish_streaming(bool streaming) {
 #if defined(__SSE2__)

@@ -135,12 +135,15 @@ void permute(Random &random, const RouteMaps &maps) {
         args.rows = to.poisoned<uint8_t>(maps.num_rows * args.row_bytes);
         cpu::permute(args);
     });
-    for_each_isa([&](cpu::Isa) { // the stores that the driver takes for rows past the caches
-        Outputs streamed(0, skip);
-        cpu::current_permutation_kernels().spread({maps.top_k, maps.token_to_row, args.row_bytes, args.x,
-                                                   streamed.poisoned<uint8_t>(maps.num_rows * args.row_bytes), true},
-                                                  0, maps.num_tokens);
-        streamed.check_equal(out, "streaming stores against plain ones");
+    for_each_isa([&](cpu::Isa) { // the stores that the driver takes for rows past the caches, with and without joints
+        for (const int32_t *inverse : {maps.row_to_token, static_cast<const int32_t *>(nullptr)}) {
+            Outputs streamed(0, skip);
+            auto *rows = streamed.poisoned<uint8_t>(maps.num_rows * args.row_bytes);
+            cpu::current_permutation_kernels().spread(
+                {maps.top_k, maps.token_to_row, args.row_bytes, args.x, rows, true, inverse, maps.num_rows}, 0,
+                maps.num_tokens);
+            streamed.check_equal(out, "streaming stores against plain ones");
+        }
     });
     for (int64_t row = 0; row < maps.num_rows; ++row) {
         const uint8_t *bytes = out.get<uint8_t>(0) + row * args.row_bytes;
