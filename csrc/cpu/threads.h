@@ -1,5 +1,5 @@
 // Work over threads. Every kernel gives the same bytes for any number of threads: ranges are disjoint in their outputs
-// and no result depends on where a range begins.
+// and no result depends on where a range begins. Bodies run in the default floating-point mode, whatever the caller's.
 #pragma once
 
 #include <cstdint>

@@ -340,8 +340,7 @@ void multiply_block(Block &b, const DecodeProduct &p, int64_t first_col, int64_t
     multiply_block_of(p.y.type, p.num_rows)(b);
 }
 
-__attribute__((noinline)) void multiply_task(const DecodeProduct &p, int64_t first_col, int64_t num_cols,
-                                             const char *next) {
+void multiply(const DecodeProduct &p, int64_t first_col, int64_t num_cols, const char *next) {
     Block b;
     b.num_cols = static_cast<int>(num_cols);
     b.y_stride = p.y.stride;
@@ -360,22 +359,6 @@ __attribute__((noinline)) void multiply_task(const DecodeProduct &p, int64_t fir
         }
     }
     write_totals(b, p, first_col);
-}
-
-// Subnormals are kept even if this thread's caller has the processor take them for zero, as libraries do that were
-// built with -ffast-math: the bytes do not depend on it, and codes that are subnormal on the way (AVX2) are not lost.
-void multiply(const DecodeProduct &p, int64_t first_col, int64_t num_cols, const char *next) {
-#if defined(__SSE2__)
-    constexpr unsigned flush_or_zero = 0x8040;
-    const unsigned mode = _mm_getcsr();
-    if (mode & flush_or_zero) {
-        _mm_setcsr(mode & ~flush_or_zero);
-        multiply_task(p, first_col, num_cols, next);
-        _mm_setcsr(mode);
-        return;
-    }
-#endif
-    multiply_task(p, first_col, num_cols, next);
 }
 
 } // namespace
