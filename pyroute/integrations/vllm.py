@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._stack import Bindings, gate, leave_alone, warn_if_untested
 
-TESTED = ("0.32", "0.33")
+TESTED = ("0.32",)
 
 _ROUTER = "vllm.model_executor.layers.fused_moe.router.cpu_router"
 
