@@ -191,6 +191,20 @@ def test_nan_of_either_sign_and_any_payload(floor, dtype):
     assert_same_bytes(gating.topk_weights[0, 2:], np.full(count - 2, np.nan, dtype))
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0xFFC00155, 0x7F800001, 0x7FFFFFFF])
+@pytest.mark.parametrize("num_experts", [8, 16, 60, 128])
+def test_a_nan_among_ordinary_logits_whatever_its_payload(floor, rng, num_experts, bits):
+    """Eight tokens at a time too: a payload can turn the NaN of an exponential into a number."""
+    z = rng.normal(size=(17, num_experts)).astype(np.float32)
+    z.view(np.uint32)[np.arange(3, 11), rng.integers(0, num_experts, 8)] = bits
+    for config in (RouterConfig(num_experts, 2), RouterConfig(num_experts, 2, score_stage="post")):
+        gating = run(floor, z, config)
+        assert np.isfinite(gating.topk_weights[11:]).all()
+        assert (gating.topk_idx == np.argsort(-z, axis=1, kind="stable")[:, :2]).all()
+        if config.score_stage == "pre":
+            assert_same_bytes(gating.topk_weights[3:11], np.full((8, 2), np.nan, np.float32))
+
+
 def test_a_nan_row_changes_no_other_row(floor, rng):
     for name in ("softmax-renormalised", "deepseek-v3", "post"):
         config, with_bias = ROUTERS[name]

@@ -142,17 +142,15 @@ __attribute__((noinline)) unsigned gate_block(const GatingArgs &args, const Forw
             rank_token(args, rows, scratch.values + t * scratch.stride, t, block, bases[t]);
     }
     const int64_t count = num_experts / router.num_groups * router.topk_groups;
-    find_thresholds<slots>(block, count, top_k);
-    for (int t = 0; t < block_tokens && !all_scores; ++t) {
-        const bool by_row = router.score == Score::softmax && !router.post;
-        if (by_row) {
+    const unsigned unordered = find_thresholds<slots>(block, count, top_k);
+    block.odd |= all_scores ? 0 : unordered;
+    if (!all_scores && router.score == Score::softmax && !router.post)
+        for (int t = 0; t < block_tokens; ++t) { // exp_row gives any number for a NaN that its range does not tell of
             block.most[t] = block.largest[t];
             block.sum[t] = exp_row(block.logits[t], RowRange<float>{block.largest[t], block.smallest[t]}, rows.scores,
                                    num_experts);
+            block.odd |= static_cast<unsigned>(block.sum[t] != block.sum[t]) << t;
         }
-        block.odd |=
-            static_cast<unsigned>(by_row ? block.sum[t] != block.sum[t] : has_nan(block.logits[t], num_experts)) << t;
-    }
     order_block<slots>(block, count, top_k, scratch.listed, scratch.places);
     load_chosen(router, bases, block);
     weigh_block(router, block);

@@ -31,10 +31,16 @@ struct Block {
 
 // --- threshold ----------------------------------------------------------------------------------------------------
 
-// The maxima of `lanes` lanes of a row; returns its minimum of eight lanes, without a last vector that is not full.
-template <int lanes> PYROUTE_INLINE f32x8 lane_maxima(const float *row, int64_t count, float *maxima) {
+// Of the lanes of a row: the minimum, without a last vector that is not full, and the sum, which is NaN if a value is.
+// (10 of 512 with AVX2: 304 ns a token; comparing each value with itself 319; neither 297.)
+struct LaneRange {
+    f32x8 least, sum;
+};
+
+// Stores the maxima of `lanes` lanes.
+template <int lanes> PYROUTE_INLINE LaneRange lane_maxima(const float *row, int64_t count, float *maxima) {
     constexpr int vectors = lanes / 8;
-    f32x8 best[vectors], least[2];
+    f32x8 best[vectors], least[2], sum[2] = {};
     least[0] = least[1] = broadcast<f32x8>(WideOf<float>::infinity);
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j)
@@ -46,33 +52,43 @@ template <int lanes> PYROUTE_INLINE f32x8 lane_maxima(const float *row, int64_t 
             const f32x8 v = load<f32x8>(row + i + j * 8);
             best[j] = larger(v, best[j]);
             least[j & 1] = smaller(v, least[j & 1]);
+            sum[j & 1] += v;
         }
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j)
         if (i + j * 8 < count) {
             const f32x8 v = load<f32x8>(row + i + j * 8);
             best[j] = larger(v, best[j]);
+            sum[j & 1] += v;
             if (i + j * 8 + 8 <= count)
                 least[j & 1] = smaller(v, least[j & 1]);
         }
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j)
         store(maxima + j * 8, best[j]);
-    return smaller(least[0], least[1]);
+    return {smaller(least[0], least[1]), sum[0] + sum[1]};
 }
 
-template <int slots> PYROUTE_INLINE void find_thresholds(Block &block, int64_t count, int64_t top_k) {
+// Returns a bit for each token that has a NaN among its values; infinities of both signs, and sums that overflow to
+// them, have one too.
+template <int slots> PYROUTE_INLINE unsigned find_thresholds(Block &block, int64_t count, int64_t top_k) {
     constexpr int lanes = 2 * slots;
     alignas(32) float maxima[block_tokens][lanes];
-    f32x8 least[8];
+    f32x8 least[8], sums[8];
 #pragma GCC unroll 8
-    for (int t = 0; t < block_tokens; ++t)
-        least[t] = lane_maxima<lanes>(block.values[t], count, maxima[t]);
+    for (int t = 0; t < block_tokens; ++t) {
+        const LaneRange range = lane_maxima<lanes>(block.values[t], count, maxima[t]);
+        least[t] = range.least;
+        sums[t] = range.sum;
+    }
     transpose(least);
-    f32x8 smallest = least[0];
+    transpose(sums);
+    f32x8 smallest = least[0], sum = sums[0];
 #pragma GCC unroll 8
-    for (int t = 1; t < 8; ++t)
+    for (int t = 1; t < 8; ++t) {
         smallest = smaller(least[t], smallest);
+        sum += sums[t];
+    }
     store(block.smallest, smallest);
     f32x8 columns[lanes];
 #pragma GCC unroll 4
@@ -93,6 +109,7 @@ template <int slots> PYROUTE_INLINE void find_thresholds(Block &block, int64_t c
         store(sorted[j], columns[j]);
     memcpy(block.largest, sorted[0], sizeof(block.largest));
     memcpy(block.threshold, sorted[top_k - 1], sizeof(block.threshold));
+    return lane_bits((i32x8)(sum != sum));
 }
 
 // --- shortlist ----------------------------------------------------------------------------------------------------
