@@ -185,7 +185,7 @@ _topk_gating = define(
 )
 
 # For torch.utils.checkpoint.create_selective_checkpoint_contexts: recompute takes the first time's ids and weights.
-OPS_TO_SAVE = [_topk_gating]
+OPS_TO_SAVE = [torch.ops.pyroute.topk_gating.default]
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
