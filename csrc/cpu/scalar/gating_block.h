@@ -13,6 +13,7 @@
 #include "cpu/scalar/gating_choice.h"
 #include "cpu/scalar/gating_columns.h"
 #include "cpu/scalar/gating_scores.h"
+#include "cpu/scalar/gating_select.h"
 
 namespace pyroute::cpu::PYROUTE_ISA {
 
@@ -152,7 +153,7 @@ PYROUTE_INLINE int64_t list_reaching(const float *row, int64_t count, float thre
         const int64_t end = count - begin < 64 ? count - begin : 64;
         for (int64_t i = 0; i < end; i += 8) {
             const f32x8 v = load<f32x8>(row + begin + i);
-            bits |= static_cast<uint64_t>(lane_bits((i32x8)(v >= least))) << i;
+            bits |= static_cast<uint64_t>(lane_bits(reaches(v, least))) << i;
         }
         if (end < 64)
             bits &= (uint64_t(1) << end) - 1;
@@ -168,28 +169,27 @@ PYROUTE_INLINE int64_t list_reaching(const float *row, int64_t count, float thre
 
 // --- order --------------------------------------------------------------------------------------------------------
 
-// Integers in doubles: key * 2^19 + place, below 2^51 in magnitude. What is not listed is less than all of them.
-constexpr double no_entry = -2251799813685248.0, integer_magic = 6755399441055744.0; // -2^51, 2^52 + 2^51
+// Integers in doubles: key * 2^19 + place, below 2^51 in magnitude. What is not listed has a key less than all others.
+constexpr double integer_magic = 6755399441055744.0; // 2^52 + 2^51
 
 using i32x4 = int32_t __attribute__((vector_size(16)));
 
 template <int lanes>
 PYROUTE_INLINE void write_entries(const float *values, const int32_t *places, int64_t listed, double *entries) {
-    i64x4 lane = {0, 1, 2, 3};
+    i32x8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
 #pragma GCC unroll 4
-    for (int i = 0; i < lanes; i += 8) {
+    for (int i = 0; i < lanes; i += 8, lane += 8) {
         struct Halves {
             i32x4 part[2];
         };
-        const auto keys = bit_cast<Halves>(order_keys(load<f32x8>(values + i)));
+        const i32x8 is_listed = less(lane, i32x8{} + static_cast<int32_t>(listed));
+        const auto keys =
+            bit_cast<Halves>(select(is_listed, keys_of_ordered(load<f32x8>(values + i)), i32x8{} + no_key<int32_t>));
         const auto mine = load<Halves>(places + i);
 #pragma GCC unroll 2
-        for (int part = 0; part < 2; ++part) {
-            const f64x4 entry = __builtin_convertvector(keys.part[part], f64x4) * double(1 << place_bits) +
-                                __builtin_convertvector(mine.part[part], f64x4);
-            store(entries + i + part * 4, blend((i64x4)(lane < listed), entry, broadcast<f64x4>(no_entry)));
-            lane += 4;
-        }
+        for (int part = 0; part < 2; ++part)
+            store(entries + i + part * 4, __builtin_convertvector(keys.part[part], f64x4) * double(1 << place_bits) +
+                                              __builtin_convertvector(mine.part[part], f64x4));
     }
 }
 

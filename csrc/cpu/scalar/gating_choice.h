@@ -15,14 +15,19 @@ template <class Key> constexpr int sign_shift = sizeof(Key) * 8 - 1;
 template <class Key> constexpr Key no_key = static_cast<Key>(uint64_t(1) << 63 >> (63 - sign_shift<Key>));
 template <class Key> constexpr Key key_of_nan = no_key<Key> + 1; // that of -inf is greater by half an exponent range
 
-// NaN lowest, then -inf, ..., -0 equal to +0, ..., +inf; no_key is below them all and no value's.
-template <class V> PYROUTE_INLINE typename Lane<V>::Int order_keys(const V &v) {
+// -inf, ..., -0 equal to +0, ..., +inf.
+template <class V> PYROUTE_INLINE typename Lane<V>::Int keys_of_ordered(const V &v) {
     using Key = typename Lane<typename Lane<V>::Scalar>::Int;
     using Keys = typename Lane<V>::Int;
     const Keys bits = bit_cast<Keys>(v + typename Lane<V>::Scalar(0)); // -0 + 0 is +0
     constexpr Key magnitude = ~no_key<Key>;
-    const Keys keys = bits ^ ((bits >> sign_shift<Key>)&magnitude);
-    return v == v ? keys : Keys{} + key_of_nan<Key>;
+    return bits ^ ((bits >> sign_shift<Key>)&magnitude);
+}
+
+// The same, and NaN lowest; no_key is below them all and no value's.
+template <class V> PYROUTE_INLINE typename Lane<V>::Int order_keys(const V &v) {
+    using Keys = typename Lane<V>::Int;
+    return v == v ? keys_of_ordered(v) : Keys{} + key_of_nan<typename Lane<typename Lane<V>::Scalar>::Int>;
 }
 
 template <class Scalar> PYROUTE_INLINE Scalar value_of_key(typename Lane<Scalar>::Int key) {

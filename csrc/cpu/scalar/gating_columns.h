@@ -61,6 +61,21 @@ PYROUTE_INLINE void transpose(f64x4 &a, f64x4 &b, f64x4 &c, f64x4 &d) {
 
 // --- networks, largest first; Knuth, TAOCP 3, 5.3.4 -----------------------------------------------------------------
 
+#if !defined(__AVX2__)
+struct DoubleHalves {
+    double __attribute__((vector_size(16))) low, high;
+};
+// By halves, as in lanes.h: maxima of four doubles GCC 12 takes apart into single ones.
+PYROUTE_INLINE f64x4 larger(const f64x4 &a, const f64x4 &b) {
+    const auto x = bit_cast<DoubleHalves>(a), y = bit_cast<DoubleHalves>(b);
+    return bit_cast<f64x4>(DoubleHalves{x.low > y.low ? x.low : y.low, x.high > y.high ? x.high : y.high});
+}
+PYROUTE_INLINE f64x4 smaller(const f64x4 &a, const f64x4 &b) {
+    const auto x = bit_cast<DoubleHalves>(a), y = bit_cast<DoubleHalves>(b);
+    return bit_cast<f64x4>(DoubleHalves{x.low < y.low ? x.low : y.low, x.high < y.high ? x.high : y.high});
+}
+#endif
+
 template <class V> PYROUTE_INLINE void exchange(V &first, V &second) {
     const V least = smaller(first, second);
     first = larger(first, second);

@@ -7,6 +7,10 @@
 #include "cpu/scalar/gating_pack.h"
 #include "gating.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace pyroute::cpu::PYROUTE_ISA {
 
 template <class Scalar> struct WideOf;
@@ -193,6 +197,12 @@ template <class Scalar, class Term> PYROUTE_INLINE Scalar sum_row(int64_t count,
 PYROUTE_INLINE unsigned lane_bits(const i32x8 &mask) {
 #if defined(__AVX2__)
     return static_cast<unsigned>(_mm256_movemask_ps(bit_cast<__m256>(mask)));
+#elif defined(__SSE2__)
+    struct Halves {
+        __m128 low, high;
+    };
+    const auto halves = bit_cast<Halves>(mask);
+    return static_cast<unsigned>(_mm_movemask_ps(halves.low) | _mm_movemask_ps(halves.high) << 4);
 #else
     unsigned bits = 0;
     for (int i = 0; i < 8; ++i)
