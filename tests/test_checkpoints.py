@@ -359,6 +359,7 @@ INDICES = {
     "twice": '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
     "elsewhere": '{"weight_map": {"a": "../x.safetensors"}}',
     "pickle": '{"weight_map": {"a": "pytorch_model.bin"}}',
+    "deep": "[" * 100_000,
 }
 
 
@@ -366,6 +367,59 @@ INDICES = {
 def test_a_bad_index(tmp_path, case):
     (tmp_path / INDEX).write_text(INDICES[case])
     with pytest.raises(ValueError, match=r"^load_experts: (file .* must be an index with|tensor a must be in a safe)"):
+        load_experts(tmp_path, 3)
+
+
+CONFIGS = {
+    "text": ({"quantization_config": "fp8"}, r"quantization_config of .* must be a JSON object"),
+    "list": ({"quantization_config": [1]}, r"quantization_config of .* must be a JSON object"),
+    "text_config": ({"text_config": "x"}, r"text_config of .* must be a JSON object"),
+    "nested": ({"text_config": {"quantization_config": 3}}, r"quantization_config of .* must be a JSON object"),
+    "one number": ({"quantization_config": {"weight_block_size": 128}}, r"block must be a pair \(rows, cols\), got"),
+    "letters": ({"quantization_config": {"weight_block_size": ["a", 1]}}, "block must be an integer"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_a_bad_config(tmp_path, tensors, case):
+    config, sentence = CONFIGS[case]
+    disk.write(tmp_path, tensors, config=config)
+    with pytest.raises((ValueError, TypeError), match=f"^load_experts: {sentence}"):
+        load_experts(tmp_path, 3)
+
+
+def test_a_config_nested_too_deep(tmp_path, tensors):
+    disk.write(tmp_path, tensors)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"^load_experts: file .*config\.json must be JSON, got "):
+        load_experts(tmp_path, 3)
+
+
+@pytest.mark.parametrize("shapes", [((0, 16, 16), (0, 16, 8)), ((), ())], ids=["no experts", "no axes"])
+@pytest.mark.parametrize("read", [lambda path: load_experts(path, 3), pyroute.expert_layers])
+def test_merged_tensors_without_experts(tmp_path, read, shapes):
+    names = [f"model.layers.3.mlp.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    disk.write(tmp_path, {n: np.zeros(shape, np.float32) for n, shape in zip(names, shapes, strict=True)})
+    with pytest.raises(ValueError, match=rf"^\w+: tensor {names[1]} .* with an expert, got \["):
+        read(tmp_path)
+
+
+def test_numbers_that_no_model_has_are_no_numbers(tmp_path, tensors):
+    """int() refuses more than 4,300 digits in words of its own."""
+    tensors[f"model.layers.{'9' * 5000}.mlp.experts.0.up_proj.weight"] = tensors[NAME]
+    tensors[NAME.replace("experts.2", "experts.\u0663")] = tensors[NAME]
+    disk.write(tmp_path, tensors)
+    assert pyroute.expert_layers(tmp_path) == {3: 4}
+
+
+@pytest.mark.parametrize("kind", ["folder", "link"])
+def test_a_file_that_cannot_be_read(tmp_path, kind):
+    file = tmp_path / "model.safetensors"
+    if kind == "folder":
+        file.mkdir()
+    else:
+        file.symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError, match=r"^load_experts: file .*model\.safetensors must be one that can be read, got "):
         load_experts(tmp_path, 3)
 
 

@@ -129,6 +129,8 @@ class _File:
             raise _check.value_error(function, f"file {path}", "an intact safetensors file", reason) from None
         except ValueError as error:
             raise _check.value_error(function, f"file {path}", "an intact safetensors file", str(error)) from None
+        except OSError as error:  # a folder, a link to nothing, no permission
+            raise type(error)(f"{function}: file {path} must be one that can be read, got {error}") from None
         self.function, self.path = function, path
         self.tensors: dict[str, Any] = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
@@ -157,7 +159,7 @@ def _read_index(function: str, index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)["weight_map"]
         named = {name: index.parent / file for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "an index with a weight_map from tensors to files"
         raise _check.value_error(function, f"file {index}", expected, f"{type(error).__name__}: {error}") from None
     for name, file in named.items():

@@ -103,6 +103,15 @@ def _experts(gate_up: Array, down: Array, halves: Array, scales: Array, block: t
     )
 
 
+def merged_experts(checkpoint: Checkpoint, place: Place) -> int:
+    """How many experts the merged tensors of a layer hold: at least one."""
+    name = place.stem + place.parts[-1]
+    shape = checkpoint[name].shape
+    if len(shape) != 3 or shape[0] == 0:
+        raise checkpoint.error(name, "of shape [num_experts, hidden, intermediate], with an expert", list(shape))
+    return int(shape[0])
+
+
 def read_merged(
     checkpoint: Checkpoint, place: Place, chosen: tuple[int, int], block: tuple[int, int], progress: bool
 ) -> Experts:

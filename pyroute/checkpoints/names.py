@@ -8,9 +8,11 @@ from typing import NamedTuple
 
 SCALES = ("weight_scale_inv", "scale")  # the second in DeepSeek's own inference code
 
-_BLOCK = r"(?P<prefix>.*?)layers\.(?P<layer>\d+)\.(?P<block>mlp|block_sparse_moe|feed_forward|ffn|moe)\.experts\."
-_ONE = re.compile(_BLOCK + r"(?P<expert>\d+)\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>\w+)$")
-_ALL = re.compile(_BLOCK + r"(?P<part>gate_up_proj|down_proj)(?P<kind>\w*)$")
+_BLOCK = (
+    r"(?P<prefix>.*?)layers\.(?P<layer>[0-9]{1,9})\.(?P<block>mlp|block_sparse_moe|feed_forward|ffn|moe)\.experts\."
+)
+_ONE = re.compile(_BLOCK + r"(?P<expert>[0-9]{1,9})\.(?P<part>gate_proj|up_proj|down_proj|w1|w2|w3)\.(?P<kind>\w+)\Z")
+_ALL = re.compile(_BLOCK + r"(?P<part>gate_up_proj|down_proj)(?P<kind>\w*)\Z")
 
 # in the order gate, up, down
 SPELLINGS = {"deepseek": ("gate_proj", "up_proj", "down_proj"), "mixtral": ("w1", "w3", "w2")}

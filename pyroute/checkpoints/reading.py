@@ -8,7 +8,7 @@ from typing import Any
 from .. import _check, router_models
 from .experts import Experts
 from .files import Checkpoint
-from .layouts import read_apart, read_merged
+from .layouts import merged_experts, read_apart, read_merged
 from .names import Place, places
 
 
@@ -29,9 +29,7 @@ def expert_layers(path: Any) -> dict[int, int]:
     found = places(checkpoint.files)
     first = found[0].prefix if found else ""
     return {
-        place.layer: len(place.numbers) or int(checkpoint[place.stem + place.parts[-1]].shape[0])
-        for place in found
-        if place.prefix == first
+        place.layer: len(place.numbers) or merged_experts(checkpoint, place) for place in found if place.prefix == first
     }
 
 
@@ -116,17 +114,21 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _check.value_error("load_experts", f"file {file}", "JSON", str(error)) from None
     if not isinstance(config, dict):
         raise _check.value_error("load_experts", f"file {file}", "a JSON object", type(config).__name__)
+    for part in (config, config.get("text_config") or {}):
+        for name in ("text_config", "quantization_config"):
+            if not isinstance(part.get(name) or {}, dict):
+                raise _check.value_error("load_experts", f"{name} of {file}", "a JSON object", repr(part[name]))
     return config
 
 
 def _num_experts(checkpoint: Checkpoint, place: Place, config: dict[str, Any]) -> int:
     """As many as there are, without a gap, and no fewer than the model has."""
     if place.merged:
-        return int(checkpoint[place.stem + place.parts[-1]].shape[0])
+        return merged_experts(checkpoint, place)
     found = len(place.numbers)
     for number in range(max(found, router_models.num_experts_of(config) or 0)):
         if number not in place.numbers:
@@ -147,7 +149,8 @@ def _block(block: Any, config: dict[str, Any]) -> tuple[int, int]:
     if block is None:
         text = config.get("text_config") or {}
         quantised = config.get("quantization_config") or text.get("quantization_config") or {}
-        block = tuple(quantised.get("weight_block_size") or (128, 128))
+        block = quantised.get("weight_block_size") or (128, 128)
+        block = tuple(block) if isinstance(block, list) else block
     if not isinstance(block, tuple) or len(block) != 2:
         raise _check.type_error("load_experts", "block", "a pair (rows, cols)", _check.describe(block))
     rows, cols = (_check.integer("load_experts", "block", extent, 1) for extent in block)
