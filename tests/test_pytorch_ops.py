@@ -81,6 +81,20 @@ def test_strided_and_empty_tensors_cross():
     assert _tensors.array("f", "x", parameter).ctypes.data == parameter.data_ptr()
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["direct", "recorded"])
+def test_a_tensor_with_the_negative_bit_has_its_own_values(grad):
+    x, ids, weights, w_gate_up, w_down, *_ = problem(requires_grad=grad)
+    x = x.detach()
+    negative = torch._neg_view(x)  # as .conj().imag gives it
+    assert negative.is_neg()
+    for function in (
+        lambda v: pt.moe_forward(v, ids, weights, w_gate_up, w_down),
+        lambda v: pt.router_logits(v, w_down[:, :, 0]),
+        lambda v: pt.permute(v, pt.plan_routes(ids, E)),
+    ):
+        assert torch.equal(function(negative), function(-x))
+
+
 def test_what_cannot_cross_is_one_sentence():
     with pytest.raises(
         TypeError, match=r"^f: x must be on the CPU, for which this build has kernels, got float32 \[2\] on meta$"
@@ -402,6 +416,20 @@ def test_a_second_derivative_is_an_error_not_a_zero():
     q = pt.quantize_fp8(torch.randn(4, 8, requires_grad=True))
     with pytest.raises(RuntimeError, match=r"^quantize_fp8: no gradient is defined for it"):
         q.scales.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's own
+def test_a_forward_mode_derivative_is_an_error_not_a_zero():
+    logits, x, rows = torch.randn(T, E), torch.randn(T, H), torch.randn(T, E)
+    for function, given in (
+        (lambda v: pt.topk_gating(v, GROUPED).topk_weights, logits),
+        (lambda v: pt.router_logits(v, torch.randn(E, H)), x),
+        (lambda v: pt.quantize_fp8(v).scales, rows),
+    ):
+        with pytest.raises(NotImplementedError, match=r"^pyroute has no forward-mode derivatives, got a dual tensor"):
+            torch.func.jvp(function, (given,), (given,))
+        with torch.autograd.forward_ad.dual_level():
+            assert function(given).isfinite().all()
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

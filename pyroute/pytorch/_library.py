@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("pyroute", "DEF")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -81,7 +82,7 @@ def _forward_of(kernel: Callable[..., Any], save: Callable[..., None]) -> Any:
 def _unobserved(args: tuple[Any, ...]) -> bool:
     """Plain CPU tensors, no mode, no transform, no tracer, no autocast."""
     for arg in args:
-        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or not arg.is_cpu):
+        if isinstance(arg, Tensor) and (type(arg) not in _PLAIN or not arg.is_cpu or arg.is_neg()):
             return False
     return _nobody_watches()
 
@@ -101,19 +102,28 @@ def _autocast_kernel(op: Any, autocast: Callable[..., tuple[Any, ...]]) -> Calla
     return cast
 
 
+def _refuse_dual(tensors: tuple[Tensor | None, ...]) -> None:
+    for tensor in tensors:
+        if isinstance(tensor, Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError("pyroute has no forward-mode derivatives, got a dual tensor; use backward")
+
+
 def goes_direct(*tensors: Tensor | None) -> bool:
     """Whether nothing but the kernel would see this call: plain CPU tensors, no gradient to record, nobody tracing.
 
     The dispatcher costs 12 us a call for an op in Python, 35 us with its autograd registered (Zen 4): more than a gate
-    of one token.
+    of one token. Memory of a tensor with the negative bit (``is_neg``) holds the negative, which the dispatcher
+    writes out. A dual tensor is refused here: below, its tangent would be lost in silence.
     """
     if torch.compiler.is_compiling():
         return False
+    if forward_ad._current_level >= 0:
+        _refuse_dual(tensors)
     records = torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN or not tensor.is_cpu or (records and tensor.requires_grad):
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or (records and tensor.requires_grad) or tensor.is_neg():
             return False
     return _nobody_watches()
 
