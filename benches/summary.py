@@ -64,7 +64,8 @@ def tables(lines: list[Line]) -> Iterator[str]:
 def row(line: Line, bar: Line, lines: list[Line]) -> str:
     ours, value = line["median_s"], bar["value"]
     spread = f"{line['column']} {duration(ours)} ({duration(line['p10_s'])} to {duration(line['p90_s'])})"
-    other, in_seconds = beside(line, bar, lines), bar["bar"].endswith(", us")
+    in_seconds = bar["bar"].endswith(", us")
+    other = "" if in_seconds else beside(line, bar, lines) or bar["bar"].split(" : ")[1]
     found = "" if value is None else f"{value:.2f}" + " us" * in_seconds
     verdict = {True: "met", False: "**missed**", None: "no time"}[bar["met"]]
     target = f"{bar['target']:g}" + " us" * in_seconds
@@ -73,7 +74,7 @@ def row(line: Line, bar: Line, lines: list[Line]) -> str:
 
 def beside(line: Line, bar: Line, lines: list[Line]) -> str:
     """The column of the same run that gave the ratio."""
-    if bar["value"] is None or bar["bar"].endswith(", us"):
+    if bar["value"] is None:
         return ""
     seconds = bar["value"] * line["median_s"]
     run = [
@@ -92,11 +93,7 @@ def scaling(lines: list[Line]) -> Iterator[str]:
     points = [line for line in latest(lines) if "points" in line]
     if not points:
         return
-    yield (
-        "## Scaling\n\n"
-        + SCALING
-        + "\n\n| | T | k | E | H | I | threads | loads | odd sizes |\n|---|---|---|---|---|---|---|---|---|"
-    )
+    yield SCALING
     for op in dict.fromkeys(line["op"] for line in points):
         mine = [line for line in points if line["op"] == op]
         fits = {line["case"].rsplit(" ", 1)[-1]: line["fit"] for line in mine if "fit" in line}
