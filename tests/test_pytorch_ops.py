@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -430,6 +434,16 @@ def test_a_forward_mode_derivative_is_an_error_not_a_zero():
             torch.func.jvp(function, (given,), (given,))
         with torch.autograd.forward_ad.dual_level():
             assert function(given).isfinite().all()
+
+
+def test_import_loads_no_compiler():
+    program = (
+        "import sys, torch; before = set(sys.modules); import pyroute.pytorch, pyroute.integrations._stack\n"
+        "print(sorted({'torch._dynamo', 'torch._inductor', 'transformers', 'safetensors'} & set(sys.modules) - before))"
+    )
+    root = Path(pyroute.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == "[]"
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -7,10 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..gating import Gating
+from ..pytorch._library import constant
 from ..pytorch.gating import topk_gating_by_text
 from ..router_config import RouterConfig
 
@@ -73,7 +73,7 @@ def gate(
     return topk_gating_by_text(logits, rule_text(*rule, **others), bias, topk_idx)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def rule_text(num_experts: int, top_k: int, score: str, **others: Any) -> str:
     """The rule as ops carry it: a compiler takes constants from functions, and RouterConfigs only from outside."""
     return _text(num_experts, top_k, score, **others)

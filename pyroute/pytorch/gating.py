@@ -13,7 +13,7 @@ from .. import gating as core
 from .. import gating_losses as core_losses
 from ..gating import Gating
 from ..router_config import RouterConfig
-from ._library import define, goes_direct
+from ._library import constant, define, goes_direct
 from ._tensors import array, check_tensors, optional_array, tensor
 
 
@@ -84,7 +84,7 @@ def z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     return _router_loss(logits, ids, text, token_mask, None, 0.0, 1.0)
 
 
-@torch.compiler.assume_constant_result
+@constant
 def config_text(function: str, config: RouterConfig) -> str:
     """The config as an op carries it. A compiler keeps the text and guards on the config it was made of."""
     return _text(contract.router(function, config))
