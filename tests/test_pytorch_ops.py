@@ -342,6 +342,7 @@ def op_cases():
     options = ("swiglu_oai", None, None, "output", "", "")
     fp8 = (*options[:-1], "fp8_ue8m0")
     plain = tuple(v.detach() if isinstance(v, torch.Tensor) else v for v in layer)
+    _, kept = OPS.moe_forward_saved.default(*plain, *options)
     text = str(GROUPED)
     return {
         "topk_gating": (logits, text, torch.randn(E), None, torch.rand(T) < 0.5, None, None, 0.01, 0.001),
@@ -350,6 +351,9 @@ def op_cases():
             torch.randn(T, 4), logits.detach(), ids, text, None, None, None, 0.01, 0.001,
         ),
         "router_loss": (logits, ids, text, None, None, 1.0, 0.5),
+        "router_logits_backward": (torch.randn(T, E), x.detach(), torch.randn(E, H)),
+        "moe_backward": (torch.randn(T, H), kept, *plain, *options, "x,w_down,b_down"),
+        "moe_backward fp8": (torch.randn(T, H), kept, *plain, *fp8, "x,topk_weights,w_gate_up"),
         "router_logits": (x, torch.randn(E, H, requires_grad=True)),
         "plan_routes": (ids, E, 8),
         "permute": (x, *maps),
