@@ -6,6 +6,9 @@
 #include "cpu/elements.h"
 #include "cpu/fp8.h"
 #include "cpu/grouped_gemm.h"
+#if defined(__AVX512VBMI__)
+#include "cpu/avx512/grouped_gemm_pack_fp8.h"
+#endif
 
 namespace pyroute::cpu::PYROUTE_ISA {
 namespace {
@@ -131,12 +134,30 @@ PYROUTE_INLINE void widen_square(const PanelSource &s, int64_t first, int count,
     }
 }
 
+// The part of a strip of rows that a kernel of the type's own packs: [0, returned element of the contraction).
+template <class Type>
+PYROUTE_INLINE int64_t pack_lines(Type, const PanelSource &, int64_t, const PackedShape &, float *) {
+    return 0;
+}
+#if defined(__AVX512VBMI__)
+template <class Format>
+PYROUTE_INLINE int64_t pack_lines(Fp8<Format>, const PanelSource &s, int64_t first, const PackedShape &shape,
+                                  float *to) {
+    const uint8_t *rows = matrix_row<Fp8<Format>, false>(s, first).elements;
+    return pack_code_lines<Format>(rows, s.stride, s.length, shape.lane_floats, to);
+}
+#endif
+
 // Matrix rows become panel rows: squares of 8 x 8 are transposed.
 template <class Type, bool multiply_scales, int width>
 void pack_rows(const PanelSource &s, int64_t first, int64_t count, float *to) {
     const PackedShape shape = packed_shape(s.length, width);
-    for (; count > 0; first += width, count -= width, to += shape.floats)
-        for (int64_t depth = 0; depth < s.length; depth += 32) {
+    for (; count > 0; first += width, count -= width, to += shape.floats) {
+        int64_t depth = 0;
+        if constexpr (!multiply_scales && width == strip_cols)
+            if (count >= width)
+                depth = pack_lines(Type{}, s, first, shape, to);
+        for (; depth < s.length; depth += 32) {
             const int length = smaller(s.length - depth, 32);
 #pragma GCC unroll 2
             for (int row = 0; row < width; row += 8) {
@@ -159,6 +180,7 @@ void pack_rows(const PanelSource &s, int64_t first, int64_t count, float *to) {
                 }
             }
         }
+    }
 }
 
 // Matrix columns become panel rows: runs of a matrix row are copied.
