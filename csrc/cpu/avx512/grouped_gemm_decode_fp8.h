@@ -144,9 +144,11 @@ template <class Format> struct TableRun {
                                                  values[step], partial[j]);
             }
 #pragma GCC unroll 4
-        for (int i = 0; i < blocks; ++i)
-            total = fma(bit_cast<f32x8>(_mm512_maskz_extractf32x8_ps(0xff, partial[i / 2], i % 2)),
-                        broadcast<f32x8>(r.scales[first + i]), total);
+        for (int i = 0; i < blocks; ++i) { // an immediate is a constant without unrolling too
+            const __m256 half = i % 2 ? _mm512_maskz_extractf32x8_ps(0xff, partial[i / 2], 1)
+                                      : _mm512_maskz_extractf32x8_ps(0xff, partial[i / 2], 0);
+            total = fma(bit_cast<f32x8>(half), broadcast<f32x8>(r.scales[first + i]), total);
+        }
     }
 };
 
