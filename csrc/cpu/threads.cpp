@@ -1,5 +1,7 @@
 #include "cpu/threads.h"
 
+#include "cpu/default_arithmetic.h"
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -7,9 +9,6 @@
 #include <pthread.h>
 #if defined(_OPENMP)
 #include <omp.h>
-#endif
-#if defined(__SSE2__)
-#include <immintrin.h>
 #endif
 
 namespace pyroute::cpu {
@@ -21,47 +20,6 @@ std::atomic<int> requested_threads{0};
 // GNU OpenMP's pool does not survive a fork: a parallel region in the child would wait for threads that are not there.
 std::atomic<bool> in_forked_child{false};
 const int fork_guard = pthread_atfork(nullptr, nullptr, [] { in_forked_child.store(true); });
-
-// Arithmetic as IEEE 754 has it by default while it lives: to nearest, subnormals kept, nothing trapped. A thread's
-// mode is otherwise what its caller or its creator left: libraries built with -ffast-math have subnormals flushed from
-// their import on, torch.set_flush_denormal does so on purpose, and feenableexcept ends the process at the first NaN.
-class DefaultArithmetic {
-  public:
-    DefaultArithmetic() {
-        if (differs(mode_))
-            set((mode_ & ~control) | by_default);
-    }
-    ~DefaultArithmetic() {
-        if (differs(mode_))
-            set(mode_);
-    }
-    DefaultArithmetic(const DefaultArithmetic &) = delete;
-    DefaultArithmetic &operator=(const DefaultArithmetic &) = delete;
-
-  private:
-#if defined(__SSE2__)
-    using Mode = unsigned;
-    static constexpr Mode control = 0xffc0, by_default = 0x1f80;
-    static Mode get() { return _mm_getcsr(); }
-    static void set(Mode mode) { _mm_setcsr(mode); }
-#elif defined(__aarch64__)
-    using Mode = uint64_t;
-    static constexpr Mode control = ~Mode{0}, by_default = 0;
-    static Mode get() {
-        Mode mode;
-        asm volatile("mrs %0, fpcr" : "=r"(mode));
-        return mode;
-    }
-    static void set(Mode mode) { asm volatile("msr fpcr, %0" : : "r"(mode)); }
-#else
-    using Mode = unsigned;
-    static constexpr Mode control = 0, by_default = 0;
-    static Mode get() { return 0; }
-    static void set(Mode) {}
-#endif
-    static bool differs(Mode mode) { return (mode & control) != by_default; }
-    const Mode mode_ = get();
-};
 
 void run(detail::RangeFunction function, void *context, int64_t begin, int64_t end) {
     const DefaultArithmetic arithmetic;

@@ -6,6 +6,8 @@
 // threads, and the same in every run.
 #include "cpu/threads.h"
 
+#include "cpu/default_arithmetic.h"
+
 #include <algorithm>
 #include <exception>
 #include <thread>
@@ -22,6 +24,11 @@ struct Inside {
     Inside() { inside = true; }
     ~Inside() { inside = false; }
 };
+
+void work(detail::RangeFunction function, void *context, int64_t begin, int64_t end) {
+    const DefaultArithmetic arithmetic;
+    function(context, begin, end);
+}
 
 template <class Share> void run_share(const Share &share, int64_t i) {
     const Inside here;
@@ -62,9 +69,9 @@ namespace detail {
 void parallel_ranges(int64_t count, int64_t, RangeFunction function, void *context) {
     const int64_t shares = std::min<int64_t>(num_threads(), count);
     if (shares > 1)
-        run(shares, [&](int64_t i) { function(context, count * i / shares, count * (i + 1) / shares); });
+        run(shares, [&](int64_t i) { work(function, context, count * i / shares, count * (i + 1) / shares); });
     else if (count > 0)
-        function(context, 0, count);
+        work(function, context, 0, count);
 }
 
 // No chunk is longer than `chunk`; on several threads most are shorter.
@@ -74,7 +81,7 @@ void parallel_chunks(int64_t count, int64_t chunk, RangeFunction function, void 
     const int64_t chunks = (count + chunk - 1) / chunk, shares = std::min(workers, chunks);
     const auto share = [&](int64_t i) {
         for (int64_t c = i; c < chunks; c += shares)
-            function(context, c * chunk, std::min(count, (c + 1) * chunk));
+            work(function, context, c * chunk, std::min(count, (c + 1) * chunk));
     };
     if (shares > 1)
         run(shares, share);
