@@ -12,12 +12,6 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("gating", "permutation", "quantization", "grouped_gemm", "moe")
 ISAS = ("scalar", "avx2", "avx512")
 
-# Floors that are still empty, with the reason.
-MISSING_FLOORS = {
-    "csrc/cuda": "the CUDA kernels are a later release",
-    "pyroute/_nvrtc": "compiles the CUDA kernels, so it comes with them",
-}
-
 PYTHON_LINES = 400
 KERNEL_LINES = 500
 
@@ -48,10 +42,6 @@ def test_a_room_keeps_its_name_on_every_floor(room):
         f"docs/ops/{room}.md",
     ]
     assert [place for place in places if not (ROOT / place).is_file()] == []
-
-
-def test_missing_floors_are_really_missing():
-    assert [floor for floor in MISSING_FLOORS if (ROOT / floor).exists()] == []
 
 
 def test_top_level_holds_what_the_house_names():

@@ -1,0 +1,77 @@
+// Launching a kernel: what the rooms' launchers (csrc/cuda/<room>.cpp) use. Plain C++: nothing here or in the launchers
+// needs nvcc or a CUDA header, and nothing touches the driver before the first launch.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+namespace pyroute::cuda {
+
+// Where a call works: the caller's device and its stream (a CUstream; null is the default stream).
+struct Stream {
+    int device;
+    void *handle;
+};
+
+struct DeviceInfo {
+    std::string name;
+    int capability; // 10 * major + minor: 90 for sm_90
+    int num_sms;
+    int shared_bytes; // the most that a block may ask for
+};
+
+struct LaunchShape {
+    uint32_t blocks;
+    uint32_t threads; // a multiple of 32
+    uint32_t shared_bytes = 0;
+    uint32_t cluster = 1; // blocks per cluster, a divisor of blocks
+    uint32_t blocks_y = 1;
+    bool after_previous_starts = false; // programmatic dependent launch: the kernel waits for its inputs by itself
+};
+
+// 128 bytes that the copy engine reads; part of a kernel's arguments.
+struct alignas(64) TensorMap {
+    uint64_t opaque[16];
+};
+
+enum class MapType { uint8, bfloat16, float32 };
+enum class Swizzle { none, bytes32, bytes64, bytes128 };
+
+struct TensorMapShape { // two axes, innermost first
+    MapType type;
+    const void *data;
+    uint64_t cols, rows, row_bytes;
+    uint32_t box_cols, box_rows;
+    Swizzle swizzle;
+};
+
+// Every function below throws Error, in one sentence, and leaves everything as it was.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// Kernels of one .cu file come in one image (a cubin or a fatbin), loaded at their first use on a device. `source`
+// finds the image of a room ("gating") for a capability; it throws if there is none. Set once, by the bindings.
+void set_image_source(std::function<std::string(const std::string &room, int capability)> source);
+
+int num_devices();           // 0 without a driver
+std::string why_no_device(); // a sentence; empty if there is one
+const DeviceInfo &device_info(int device);
+
+TensorMap tensor_map(const Stream &stream, const TensorMapShape &shape);
+int most_active_clusters(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape);
+
+void launch(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape, const void *args,
+            size_t args_bytes);
+
+template <class Args>
+void launch(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape, const Args &args) {
+    launch(stream, room, kernel, shape, &args, sizeof(Args));
+}
+
+// memset on the stream, `bytes` of `value`.
+void fill(const Stream &stream, void *to, uint8_t value, size_t bytes);
+
+} // namespace pyroute::cuda
