@@ -14,6 +14,8 @@
 
 #if defined(PYROUTE_EMULATOR)
 #include "emulator/device.h"
+
+#include "emulator/conversions.h"
 #else
 
 #define PYROUTE_DEVICE __device__ __forceinline__
@@ -74,6 +76,39 @@ PYROUTE_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 PYROUTE_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 PYROUTE_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 PYROUTE_DEVICE double double_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+
+// Conversions, to nearest even. A NaN gives some NaN of the other type.
+PYROUTE_DEVICE uint32_t bf16x2_of(float low, float high) {
+    uint32_t both;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+PYROUTE_DEVICE float f16_to_f32(uint16_t half) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
+    return x;
+}
+PYROUTE_DEVICE uint16_t f16_of(float x) {
+    uint16_t half;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
+    return half;
+}
+// Finite numbers to two codes of FP8, where the device has an instruction for it; too large ones saturate.
+#if __CUDA_ARCH__ >= 890
+#define PYROUTE_FP8_CONVERT 1
+PYROUTE_DEVICE uint32_t e4m3x2_of(float low, float high) {
+    uint16_t both;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+    return both;
+}
+PYROUTE_DEVICE uint32_t e5m2x2_of(float low, float high) {
+    uint16_t both;
+    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+    return both;
+}
+#else
+#define PYROUTE_FP8_CONVERT 0
+#endif
 
 // 16 bytes at once; addresses are multiples of 16.
 struct alignas(16) Words {
