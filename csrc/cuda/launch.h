@@ -51,9 +51,13 @@ struct TensorMapShape { // two axes, innermost first
 struct Error : std::runtime_error {
     using std::runtime_error::runtime_error;
 };
+struct OutOfMemory : Error {
+    using Error::Error;
+};
 
 // Kernels of one .cu file come in one image (a cubin or a fatbin), loaded at their first use on a device. `source`
-// finds the image of a room ("gating") for a capability; it throws if there is none. Set once, by the bindings.
+// finds the image of a room for a capability; it throws if there is none. A room is its file's path under csrc/cuda
+// without the suffix: "gating", "sm90/grouped_gemm". Set by the bindings, before the first launch.
 void set_image_source(std::function<std::string(const std::string &room, int capability)> source);
 
 int num_devices();           // 0 without a driver
@@ -63,6 +67,8 @@ const DeviceInfo &device_info(int device);
 TensorMap tensor_map(const Stream &stream, const TensorMapShape &shape);
 int most_active_clusters(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape);
 
+// No blocks: no launch. PYROUTE_CHECK=1 in the environment waits for every kernel, unless the stream is being captured,
+// so that one that fails is named by the call that launched it.
 void launch(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape, const void *args,
             size_t args_bytes);
 

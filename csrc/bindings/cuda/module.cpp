@@ -1,0 +1,56 @@
+// pyroute._cuda: the CUDA floor. One bind_<room>() per room, in the room's own file. Loading it touches no driver.
+#include "bindings/cuda/pointers.h"
+
+namespace pyroute::cuda {
+void bind_gating(py::module_ &module);
+void bind_permutation(py::module_ &module);
+void bind_quantization(py::module_ &module);
+void bind_grouped_gemm(py::module_ &module);
+void bind_moe(py::module_ &module);
+} // namespace pyroute::cuda
+
+namespace {
+
+namespace py = pybind11;
+
+// The Python function lives as long as the process: a launch may want it while the interpreter goes down.
+void set_image_source(py::function source) {
+    auto *kept = new py::function(std::move(source));
+    pyroute::cuda::set_image_source([kept](const std::string &room, int capability) {
+        const py::gil_scoped_acquire acquire;
+        return py::cast<std::string>((*kept)(room, capability)); // bytes
+    });
+}
+
+} // namespace
+
+PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
+    namespace cuda = pyroute::cuda;
+
+    module.doc() = "pyroute's CUDA kernels, launched through the driver";
+    py::register_local_exception_translator([](std::exception_ptr thrown) {
+        try {
+            if (thrown)
+                std::rethrow_exception(thrown);
+        } catch (const cuda::OutOfMemory &error) {
+            PyErr_SetString(PyExc_MemoryError, error.what());
+        }
+    });
+
+    module.def("num_devices", &cuda::num_devices);
+    module.def("why_no_device", &cuda::why_no_device);
+    module.def(
+        "device_info",
+        [](int device) {
+            const cuda::DeviceInfo &info = cuda::device_info(device);
+            return py::make_tuple(info.name, info.capability, info.num_sms, info.shared_bytes);
+        },
+        py::arg("device"));
+    module.def("set_image_source", &set_image_source, py::arg("source"));
+
+    cuda::bind_gating(module);
+    cuda::bind_permutation(module);
+    cuda::bind_quantization(module);
+    cuda::bind_grouped_gemm(module);
+    cuda::bind_moe(module);
+}
