@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/tensor_map.h"
+
 namespace pyroute::cuda {
 
 // Where a call works: the caller's device and its stream (a CUstream; null is the default stream).
@@ -29,11 +31,6 @@ struct LaunchShape {
     uint32_t cluster = 1; // blocks per cluster, a divisor of blocks
     uint32_t blocks_y = 1;
     bool after_previous_starts = false; // programmatic dependent launch: the kernel waits for its inputs by itself
-};
-
-// 128 bytes that the copy engine reads; part of a kernel's arguments.
-struct alignas(64) TensorMap {
-    uint64_t opaque[16];
 };
 
 enum class MapType { uint8, bfloat16, float32 };
