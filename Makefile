@@ -26,6 +26,12 @@ dev:
 	@rm -f build-dev.log
 	cmake --build build/dev
 
+# The GPU that tests/cuda runs the CUDA kernels on: the same sources, compiled for the host (tests/cuda/emulator).
+.PHONY: emulator
+emulator:
+	cmake -S . -B build/emulator -G Ninja -DPYROUTE_EMULATOR=ON --log-level=WARNING
+	cmake --build build/emulator --target cuda_emulated
+
 bench:
 	$(VENV)/bin/pytest benches $(if $(OP),-k $(OP))
 

@@ -1,0 +1,32 @@
+"""Tests of the CUDA floor: the public API on arrays of the emulated GPU."""
+
+from __future__ import annotations
+
+import os
+
+import emulated
+import pytest
+
+reason = emulated.build()
+if reason and os.environ.get("PYROUTE_EMULATOR_REQUIRED"):
+    raise RuntimeError(reason)
+
+
+def pytest_collection_modifyitems(items):
+    if reason:
+        for item in items:
+            if "/cuda/" in str(item.path):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def nothing_written_around_arrays():
+    yield
+    emulated.memory.check()
+
+
+@pytest.fixture
+def seed(request, monkeypatch):
+    """The order of threads and blocks: ``@pytest.mark.parametrize("seed", ..., indirect=True)``."""
+    monkeypatch.setenv("PYROUTE_EMULATOR_SEED", str(request.param))
+    return request.param

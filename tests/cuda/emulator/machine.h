@@ -1,0 +1,126 @@
+// The emulated GPU: blocks of threads, each thread a fiber, all on one thread of the host.
+//
+// Threads run until a word makes them wait (a barrier, a shuffle); then another one, chosen at random by a seed, goes
+// on. Several blocks are resident at a time, in a random order. A missing barrier therefore shows as a wrong result for
+// some seed, and what can never go on is reported in a sentence, as is an access to memory that is not there.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fibers.h"
+
+namespace emulator {
+
+constexpr uint32_t shared_limit = 232448, static_shared_limit = 49152;
+constexpr uint8_t poison = 0x7f; // what shared memory holds at the start of a block
+
+struct Index3 {
+    uint32_t x, y, z;
+};
+
+struct Kernel {
+    const char *name;
+    uint32_t threads;
+    size_t args_bytes;
+    void (*run)(const void *args);
+};
+
+struct Shape {
+    Index3 grid;
+    uint32_t threads, shared_bytes, cluster;
+};
+
+enum class Collective : uint8_t { sync_warp, shuffle, ballot, match_any, reduce_max, reduce_min, reduce_add };
+
+struct Block;
+struct Warp;
+
+struct Thread {
+    enum State : uint8_t { fresh, ready, waiting, exited };
+    Index3 index;
+    Index3 block_index;
+    Block *block;
+    Warp *warp;
+    uint32_t lane;
+    State state;
+    const char *waits_at; // the word, while it waits
+    Context context;
+    char *stack;
+    uint64_t value, result; // of a collective
+    uint32_t source;
+};
+
+// Lanes that meet at one word with one mask.
+struct Meeting {
+    Collective word;
+    uint32_t mask, arrived;
+};
+
+struct Warp {
+    Block *block;
+    Thread *threads; // 32
+    uint32_t ready;  // lanes that can go on
+    uint32_t exited;
+    int64_t position; // in the list of warps that can go on; -1: not in it
+    std::vector<Meeting> meetings;
+};
+
+// Barrier 0 is sync_block.
+struct NamedBarrier {
+    uint32_t expected, arrived;
+    std::vector<Thread *> waiting;
+};
+
+struct Cluster {
+    std::vector<Block *> blocks; // its own
+    uint32_t live_threads = 0;
+    NamedBarrier barrier{};
+    ~Cluster();
+};
+
+// Shared memory: the dynamic part, then the objects in the order of their first use, with canaries between.
+struct Block {
+    Index3 index;
+    uint32_t rank; // in the cluster
+    Cluster *cluster;
+    uint32_t num_threads, exited;
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    NamedBarrier barriers[16];
+    char *memory; // multiple of 1024
+    uint32_t dynamic_bytes, static_bytes, used_bytes;
+    std::vector<char *> objects; // by slot
+    std::vector<uint32_t> canaries;
+};
+
+extern Thread *current;     // null on the host's side
+extern Shape current_shape; // of the launch that runs
+
+// Runs a launch to its end; returns an empty string, or a sentence that says why it failed.
+std::string run(const Kernel &kernel, const Shape &shape, const void *args);
+
+// Ends the launch that runs, from inside a thread.
+[[noreturn]] void fail(const std::string &sentence);
+std::string name_of(const Thread &thread); // "thread 3 of block 1"
+
+// For the words. wait() gives the turn away until wake(); pause() gives it away for a moment.
+void wait(const char *word);
+void wake(Thread &thread);
+void pause(const char *word);
+void maybe_pause(); // sometimes: another order of atomic operations
+uint32_t random_below(uint32_t n);
+
+uint64_t meet(Collective word, uint32_t mask, uint64_t value, uint32_t source);
+void sync_named(uint32_t barrier, uint32_t threads, bool waits, const char *word);
+
+uint32_t new_slot();
+char *shared_object(uint32_t slot, size_t bytes, size_t alignment);
+
+// Addresses in shared memory as the hardware counts them: 32 bits, 1 + the block's rank in its cluster above bit 24, 0
+// for the own block.
+uint32_t shared_address(const void *pointer);
+char *shared_pointer(uint32_t address, size_t bytes, const char *word);
+
+} // namespace emulator
