@@ -5,6 +5,10 @@ storage. It is part of no graph and of no gradient: an op that is given the wide
 recompute, backward and every micro-batch of a step read the same codes. The weight itself would not do as a key:
 checkpointing hands its recomputed forward another tensor over the same storage. Nor would versions alone: fused AdamW
 writes without moving them, and so does FSDP where it gathers weights, so every optimizer's step drops all forms.
+
+On a GPU a form belongs to the stream that made it too: there alone it is known to be written before it is read, and
+read before its memory serves another. A stream that captures a graph takes no form and leaves none: what a graph reads
+it has to compute, or it would replay codes of weights that have changed since, from memory that is another's by then.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..quantization import Fp8Array, quantize_fp8
-from ._tensors import array
+from ._tensors import array, captures, stream_of
 
 BLOCK = (128, 128)
 
@@ -28,11 +32,11 @@ _lock = threading.Lock()
 
 def fp8_weight(function: str, argument: str, w: Tensor, scale_format: Any) -> Fp8Array:
     """``w`` in e4m3 with 128x128 blocks."""
-    if w.is_inference():  # has no version counter
+    if w.is_inference() or captures(w):  # an inference tensor has no version counter
         return quantize_fp8(array(function, argument, w), block=BLOCK, scale_format=scale_format)
     _watch_optimizers()
     storage, version = w.untyped_storage(), w._version
-    place = (w.data_ptr(), w.dtype, w.shape, w.stride(), scale_format)
+    place = (w.data_ptr(), w.dtype, w.shape, w.stride(), scale_format, stream_of(w))
     with _lock:
         known = _forms.setdefault(storage, {}).get(place)
     if known is not None and known[0] == version:

@@ -108,7 +108,7 @@ def _gating(
         topk_idx=optional_array(function, "topk_idx", topk_idx),
         token_mask=optional_array(function, "token_mask", token_mask),
     )
-    return torch.from_numpy(weights), torch.from_numpy(idx), torch.from_numpy(counts)
+    return tensor(weights), tensor(idx), tensor(counts)
 
 
 def _gating_kernel(

@@ -59,8 +59,9 @@ def _times_transposed(
     if a_scales is not None:
         raise type_error("grouped_gemm", "a", "float32 or bfloat16 with transposed=True", "an Fp8Tensor")
     check_tensors("grouped_gemm", "a", a=a, b=b, b_scales=b_scales, expert_offsets=expert_offsets)
-    if torch.is_autocast_enabled("cpu"):
-        a, b = (autocast_float(torch.get_autocast_dtype("cpu"), x) for x in (a, b))
+    device = a.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        a, b = (autocast_float(torch.get_autocast_dtype(device), x) for x in (a, b))
     given = (a, b, b_scales, b_block, expert_offsets, out_dtype or _default_dtype(a, None, b, b_scales))
     return _dgrad_kernel(*given) if goes_direct(a, b, b_scales, expert_offsets) else _grouped_gemm_dgrad(*given)
 

@@ -16,7 +16,7 @@ from ..quantization import ScaleFormat
 from ..route_plan import plan_routes
 from ._fp8_weights import fp8_weight
 from ._library import define, goes_direct
-from ._tensors import array, check_tensors, optional_array, tensor
+from ._tensors import array, check_tensors, float32_array, ids_array, optional_array, tensor
 from .grouped_gemm import Operand, autocast_float
 from .quantization import Fp8Tensor, fp8_array
 
@@ -107,8 +107,8 @@ def _arguments(
     x, topk_idx, topk_weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down = tensors
     positional = (
         array(function, "x", x),
-        array(function, "topk_idx", topk_idx),
-        array(function, "topk_weights", topk_weights),
+        ids_array(function, "topk_idx", topk_idx),
+        float32_array(function, "topk_weights", topk_weights),
         _weight(function, "w_gate_up", w_gate_up, scales, block, precision),
         _weight(function, "w_down", w_down, down_scales, down_block, precision),
     )
@@ -180,7 +180,7 @@ def _backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tenso
     rows = array(function, "gate_up", gate_up)[: plan.num_rows]
     saved = core.MoeSaved(layer, plan, rows)
     grads = core.moe_backward(array(function, "grad_y", grad_y), saved, wanted=tuple(filter(None, wanted)))
-    empty = torch.empty(0, dtype=torch.float32)
+    empty = torch.empty(0, dtype=torch.float32, device=grad_y.device)
     return tuple(
         (empty.to(grad_y.dtype) if name == "x" else empty.clone()) if grad is None else tensor(grad)
         for name, grad in grads._asdict().items()

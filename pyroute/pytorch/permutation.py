@@ -14,7 +14,7 @@ from .._check import integer, shape, type_error
 from ..quantization import ScaleFormat
 from ..route_plan import MAX_ROWS, unchecked_plan
 from ._library import define, goes_direct
-from ._tensors import array, check_tensors, describe, optional_array, tensor
+from ._tensors import array, check_tensors, describe, ids_array, optional_array, tensor
 from .quantization import Fp8Tensor
 
 
@@ -100,12 +100,14 @@ def most_rows(num_tokens: Any, top_k: Any, num_experts: int, alignment: int) -> 
 
 
 def _plan_kernel(topk_idx: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, ...]:
-    plan = core_plan.plan_routes(array("plan_routes", "topk_idx", topk_idx), num_experts, alignment=alignment)
+    plan = core_plan.plan_routes(ids_array("plan_routes", "topk_idx", topk_idx), num_experts, alignment=alignment)
     rows = plan.row_to_token
-    missing = most_rows(plan.num_tokens, plan.top_k, num_experts, alignment) - plan.num_rows
-    if missing:
-        rows = np.concatenate([rows, np.full(missing, -1, np.int32)])
-    return tuple(torch.from_numpy(m) for m in (plan.tokens_per_expert, plan.expert_offsets, rows, plan.token_to_row))
+    num_rows = most_rows(plan.num_tokens, plan.top_k, num_experts, alignment)
+    if num_rows < plan.num_rows:  # a GPU's plan has room for a partial block of every expert, more than there are slots
+        rows = rows[:num_rows]
+    elif num_rows > plan.num_rows:
+        rows = np.concatenate([rows, np.full(num_rows - plan.num_rows, -1, np.int32)])
+    return tuple(tensor(m) for m in (plan.tokens_per_expert, plan.expert_offsets, rows, plan.token_to_row))
 
 
 def _plan_fake(topk_idx: Tensor, num_experts: int, alignment: int) -> tuple[Tensor, ...]:

@@ -11,7 +11,7 @@ from .. import quantization as core
 from .._check import type_error
 from ..quantization import Fp8Array, ScaleFormat
 from ._library import define, goes_direct
-from ._tensors import NUMPY_DTYPES, array, check_tensors, describe, tensor
+from ._tensors import NUMPY_DTYPES, array, check_tensors, describe, float32_array, tensor
 
 _FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 _FORMATS = {torch.uint8: "e4m3", torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -68,7 +68,8 @@ def fp8_array(function: str, argument: str, codes: Tensor, scales: Tensor, block
     if format is None:
         raise type_error(function, argument, "float8_e4m3fn, float8_e5m2 or uint8 beside scales", describe(codes))
     data = array(function, argument, codes)
-    return Fp8Array(data, array(function, f"{argument}'s scales", scales), tuple(block), format)  # type: ignore[arg-type]
+    wide = float32_array(function, f"{argument}'s scales", scales)
+    return Fp8Array(data, wide, tuple(block), format)  # type: ignore[arg-type]
 
 
 def _quantize_kernel(x: Tensor, block: Any, format: Any, scale_format: Any) -> tuple[Tensor, Tensor]:

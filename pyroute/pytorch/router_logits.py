@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from ..grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from ._library import define, goes_direct
-from ._tensors import array, check_tensors, tensor
+from ._tensors import array, check_tensors, on_host, tensor
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -35,14 +35,23 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     return _router_logits(x, weight)
 
 
-def _one_segment(rows: Any) -> Any:
-    return np.array([0, rows.shape[0]], np.int64)
+def _one_segment(x: Tensor) -> Any:
+    """The offsets of one expert with all rows; on a GPU filled there, as a copy of them would end a graph's capture."""
+    num_rows = x.shape[0]
+    if on_host(x):
+        return np.array([0, num_rows], np.int64)
+    offsets = torch.arange(2, device=x.device) * num_rows
+    return array("router_logits", "expert_offsets", offsets)
 
 
 def _logits_kernel(x: Tensor, weight: Tensor) -> Tensor:
     a, b = array("router_logits", "x", x), array("router_logits", "weight", weight)
     _check_product(a, b)
-    return tensor(grouped_gemm(a, b[None], _one_segment(a), out_dtype="float32"))
+    return tensor(grouped_gemm(a, _stack(b), _one_segment(x), out_dtype="float32"))
+
+
+def _stack(b: Any) -> Any:
+    return b.reshape(1, *b.shape)
 
 
 def _check_product(a: Any, b: Any) -> None:
@@ -71,8 +80,8 @@ def _logits_grad(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 def _logits_backward_kernel(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     function = "router_logits_backward"
     g, a, b = array(function, "grad", grad), array(function, "x", x), array(function, "weight", weight)
-    offsets = _one_segment(a)
-    grad_x = grouped_gemm_dgrad(g, b[None], offsets, out_dtype=a.dtype)
+    offsets = _one_segment(x)
+    grad_x = grouped_gemm_dgrad(g, _stack(b), offsets, out_dtype=a.dtype)
     return tensor(grad_x), tensor(grouped_gemm_wgrad(g, a, offsets)[0])
 
 
