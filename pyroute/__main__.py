@@ -7,6 +7,7 @@ reader of a pipe went away.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from typing import NoReturn
@@ -28,6 +29,16 @@ def positive(text: str) -> int:
 
 def natural(text: str) -> int:
     return _integer(text, 0)
+
+
+def positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return number
 
 
 def _integer(text: str, low: int) -> int:
@@ -67,7 +78,16 @@ def build_parser() -> Parser:
     check = command("check", "every backend against the reference on this machine, for a bug report")
     check.add_argument("--seed", metavar="N", type=natural, default=0, help="of the inputs")
     check.set_defaults(run=run_check)
-    for sub in (demo, check):
+
+    cost = command("cost", "what a model costs: operations, memory, device hours and money, with every assumption")
+    cost.add_argument("--model", metavar="NAME", default="deepseek-v3", help="a released model (deepseek-v3)")
+    cost.add_argument("--training-tokens", metavar="N", type=positive_number, help="tokens to train on (14.8e12)")
+    cost.add_argument("--price", metavar="USD", type=positive_number, default=2.0, help="of a device for an hour (2)")
+    cost.add_argument("--rate", metavar="TFLOPS", type=positive_number, help="what a device of yours sustains")
+    cost.add_argument("--sequence", metavar="N", type=positive, default=4096, help="tokens that attend (4096)")
+    cost.add_argument("--no-measure", action="store_true", help="leave out this machine's own rates (a few seconds)")
+    cost.set_defaults(run=run_cost)
+    for sub in (demo, check, cost):
         sub.add_argument("--threads", metavar="N", type=positive, help="threads of the cpu backend")
     return parser
 
@@ -113,6 +133,22 @@ def run_check(args: argparse.Namespace) -> int:
     if console:
         check.show(console, report)
     return 0 if report["passed"] else 1
+
+
+def run_cost(args: argparse.Namespace) -> int:
+    from .bench import cost, terminal
+
+    console = None if args.json == "-" else terminal.report_console()
+    if args.threads:
+        set_num_threads(args.threads)
+    known = {"tokens": args.training_tokens, "price": args.price, "sequence": args.sequence, "rate": args.rate}
+    with terminal.progress(0 if args.no_measure else cost.NUM_STEPS) as step:
+        report = cost.estimate(args.model, **known, step=None if args.no_measure else step)
+    if args.json:
+        terminal.write_json(report, args.json)
+    if console:
+        cost.show(console, report)
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
