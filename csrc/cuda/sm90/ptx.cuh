@@ -14,7 +14,7 @@
 namespace pyroute::cuda {
 
 using SharedAddress = uint32_t;
-struct FloatPair {
+struct alignas(8) FloatPair {
     float x, y;
 };
 

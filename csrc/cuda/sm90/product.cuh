@@ -1,0 +1,251 @@
+// out[rows of e] = a[rows of e] b[e]^T on Hopper: FP8 with block scales, or bfloat16.
+//
+// A block takes tiles of 128 x 128 (64 x 128) of the result one after another. One thread of the loading warpgroup asks
+// the copy engine for 128 bytes of depth at a time of a's rows and b's columns, `stages` of them ahead; each math
+// warpgroup multiplies 64 rows with wgmma as they arrive. The tensor cores keep fewer bits than a float32 sum has, so
+// every 128 elements of depth their sums are added to float32 totals, which is where FP8's scales come in.
+//
+// One block per SM, 384 threads (160): 232 registers for those that multiply, 40 for those that load. Memory per tile:
+// (rows + cols) * depth bytes from the second-level cache, rows * cols * 2 (4) to memory. Scales: a quad of lanes holds
+// those of 4 blocks of depth of its two rows, a warp those of 32 blocks of b's; each load is one block early, shuffles
+// hand them out: two words per block from the cache instead of a place in the ring, a pass that transposes and 512
+// bytes per stage, and any alignment will do.
+#pragma once
+
+#include "cuda/sm90/result.cuh"
+#include "cuda/sm90/ring.cuh"
+#include "cuda/sm90/wgmma.cuh"
+
+namespace pyroute::cuda::sm90 {
+
+// The scales of one tile, as the lanes of a math warp hold them: block of depth d of row `row` (and row + 8) in lane
+// d % 4 of the quad that owns the row, those of b in lane d % 32.
+struct BlockScales {
+    const float *low, *high, *b;
+    int64_t b_step;
+    int32_t last; // block of depth
+    float low_now, high_now, b_now, low_next, high_next, b_next;
+
+    PYROUTE_DEVICE BlockScales(const ProductArgs &args, const Tile &tile, int32_t col_block, int32_t row) {
+        const int32_t blocks = divide_up(args.depth, scale_block);
+        last = blocks - 1;
+        low = args.a_scales + int64_t{min_of(tile.row + row, args.rows - 1)} * blocks;
+        high = args.a_scales + int64_t{min_of(tile.row + row + 8, args.rows - 1)} * blocks;
+        b = args.b_scales + tile.expert * args.b_scale_expert + col_block * args.b_scale_col;
+        b_step = args.b_scale_depth;
+        load_rows(0);
+        load_cols(0);
+        take_rows(4);
+        take_cols(32);
+    }
+    // The factors of block d for rows `row` and row + 8; called for every d in turn.
+    PYROUTE_DEVICE FloatPair factors(int32_t d) {
+        const float scale = shuffle(b_now, static_cast<uint32_t>(d & 31));
+        const uint32_t lane = (lane_id() & 28) | static_cast<uint32_t>(d & 3);
+        const FloatPair pair = {shuffle(low_now, lane) * scale, shuffle(high_now, lane) * scale};
+        if ((d & 3) == 3)
+            take_rows(d + 5);
+        if ((d & 31) == 31)
+            take_cols(d + 33);
+        return pair;
+    }
+
+  private:
+    PYROUTE_DEVICE void load_rows(int32_t d) {
+        const int32_t block = min_of(d + static_cast<int32_t>(lane_id() & 3), last);
+        low_next = low[block];
+        high_next = high[block];
+    }
+    PYROUTE_DEVICE void load_cols(int32_t d) { b_next = b[min_of(d + static_cast<int32_t>(lane_id()), last) * b_step]; }
+    PYROUTE_DEVICE void take_rows(int32_t following) {
+        low_now = low_next;
+        high_now = high_next;
+        load_rows(following);
+    }
+    PYROUTE_DEVICE void take_cols(int32_t following) {
+        b_now = b_next;
+        load_cols(following);
+    }
+};
+
+// Nothing to hold for operands without scales.
+struct NoScales {
+    PYROUTE_DEVICE NoScales(const ProductArgs &, const Tile &, int32_t, int32_t) {}
+};
+
+template <bool Condition, class A, class B> struct Choice {
+    using Type = A;
+};
+template <class A, class B> struct Choice<false, A, B> {
+    using Type = B;
+};
+
+template <const ProductShape &S> PYROUTE_DEVICE Schedule schedule_of(const ProductArgs &args) {
+    const int32_t cols = divide_up(args.cols, static_cast<int32_t>(S.cols * S.cluster));
+    return Schedule(args.tiles, *args.num_tiles, cols, args.raster_group, static_cast<int32_t>(blockIdx.x / S.cluster),
+                    static_cast<int32_t>(gridDim.x / S.cluster));
+}
+
+template <const ProductShape &S> PYROUTE_DEVICE int32_t first_col(const TilePlace &place) {
+    const int32_t n =
+        S.cluster == 1 ? place.n : place.n * static_cast<int32_t>(S.cluster) + static_cast<int32_t>(cluster_rank());
+    return n * static_cast<int32_t>(S.cols);
+}
+
+template <const ProductShape &S> PYROUTE_DEVICE int32_t steps_of(const ProductArgs &args, const Tile &tile) {
+    return tile.expert < 0 ? 0 : divide_up(args.depth, S.stage_depth());
+}
+
+// One thread: everything that the block's tiles need, in order.
+template <const ProductShape &S> PYROUTE_DEVICE void load_operands(const ProductArgs &args, SharedAddress shared) {
+    constexpr SharedPlan plan = S.shared();
+    prefetch_map(&args.a);
+    prefetch_map(&args.b);
+    Ring ring(shared, args);
+    Schedule schedule = schedule_of<S>(args);
+    while (schedule.take()) {
+        ring.at(schedule.place);
+        const Tile &tile = schedule.tile;
+        const int32_t col = first_col<S>(schedule.place), steps = steps_of<S>(args, tile);
+        for (int32_t i = 0; i < steps; ++i) {
+            const SharedAddress full = shared + plan.full(0) + ring.stage * 8;
+            const SharedAddress a = shared + plan.a(0) + ring.stage * plan.a_bytes;
+            const SharedAddress b = shared + plan.b(0) + ring.stage * plan.b_bytes;
+            const int32_t d = i * S.stage_depth();
+            ring.wait(shared + plan.empty(0) + ring.stage * 8, ring.phase ^ 1, Waits::for_empty);
+            barrier_arrive_expecting(full, plan.a_bytes + plan.b_bytes);
+            if constexpr (S.cluster == 1) {
+                load_tile(a, &args.a, d, tile.row, full);
+            } else { // each block its share of the rows, to all of them
+                const uint32_t share = S.rows / S.cluster * cluster_rank();
+                load_tile_to(a + share * row_bytes, &args.a, d, tile.row + static_cast<int32_t>(share), full,
+                             (1u << S.cluster) - 1);
+            }
+            if constexpr (S.transposed_b) {
+                for (uint32_t p = 0; p < S.cols / 64; ++p)
+                    load_tile(b + p * panel_bytes, &args.b, col + static_cast<int32_t>(p * 64),
+                              tile.expert * args.b_rows + d, full);
+            } else {
+                load_tile(b, &args.b, d, tile.expert * args.b_rows + col, full);
+            }
+            ring.advance<S.stages>();
+        }
+    }
+    if constexpr (S.cluster > 1) // no block ends while its neighbour still signals into it
+        for (uint32_t i = 0; i < S.stages; ++i) {
+            ring.wait(shared + plan.empty(0) + ring.stage * 8, ring.phase ^ 1, Waits::for_empty);
+            ring.advance<S.stages>();
+        }
+}
+
+// A stage's four products of a warpgroup: 128 bytes of depth.
+template <const ProductShape &S, int Sums>
+PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
+    const uint64_t a_start = matrix_descriptor(a, 16);
+    const uint64_t b_start = matrix_descriptor(b, S.transposed_b ? panel_bytes : 16);
+    constexpr uint32_t b_step = S.transposed_b ? 2 * group_bytes / 16 : descriptor_step; // 16 rows of depth, 32 bytes
+    matrix_fence();
+    PYROUTE_UNROLL
+    for (uint32_t k = 0; k < 4; ++k) {
+        if constexpr (S.element == Element::e4m3)
+            multiply_e4m3(sums, a_start + k * descriptor_step, b_start + k * b_step, add || k > 0);
+        else
+            multiply_bf16<false, S.transposed_b>(sums, a_start + k * descriptor_step, b_start + k * b_step,
+                                                 add || k > 0);
+    }
+    matrix_commit();
+    matrix_wait<0>();
+}
+
+template <const ProductShape &S> PYROUTE_DEVICE void release_stage(SharedAddress empty) {
+    if constexpr (S.cluster == 1) {
+        if (lane_id() == 0)
+            barrier_arrive(empty);
+    } else {
+        if (lane_id() < S.cluster)
+            barrier_arrive_at(empty, lane_id());
+    }
+}
+
+// The math warpgroup `group`: rows 64 group.. of every tile.
+template <const ProductShape &S>
+PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared, uint32_t group) {
+    constexpr SharedPlan plan = S.shared();
+    constexpr bool scaled = S.element == Element::e4m3;
+    constexpr int num_sums = S.cols / 2;
+    const int32_t row = static_cast<int32_t>(group * panel_rows + sum_row(warp_id() & 3, lane_id(), 0));
+    Ring ring(shared, args);
+    Schedule schedule = schedule_of<S>(args);
+    while (schedule.take()) {
+        ring.at(schedule.place);
+        const Tile &tile = schedule.tile;
+        const int32_t col = first_col<S>(schedule.place), steps = steps_of<S>(args, tile);
+        const int32_t valid = tile.valid_rows - static_cast<int32_t>(group * panel_rows);
+        if (valid <= 0) { // the other warpgroup's rows are all there are
+            for (int32_t i = 0; i < steps; ++i) {
+                ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
+                release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
+                ring.advance<S.stages>();
+            }
+            continue;
+        }
+        float totals[num_sums], sums[num_sums];
+        PYROUTE_UNROLL
+        for (int i = 0; i < num_sums; ++i)
+            totals[i] = 0.0f;
+        if (steps > 0) {
+            typename Choice<scaled, BlockScales, NoScales>::Type scales(args, tile, col / scale_block, row);
+            for (int32_t i = 0; i < steps; ++i) {
+                ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
+                multiply_stage<S>(sums, shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
+                                  shared + plan.b(0) + ring.stage * plan.b_bytes, !scaled && (i & 1));
+                release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
+                if constexpr (scaled) {
+                    const FloatPair factor = scales.factors(i);
+                    PYROUTE_UNROLL
+                    for (int s = 0; s < num_sums; ++s)
+                        totals[s] = fmaf(s & 2 ? factor.y : factor.x, sums[s], totals[s]);
+                } else if ((i & 1) || i + 1 == steps) {
+                    PYROUTE_UNROLL
+                    for (int s = 0; s < num_sums; ++s)
+                        totals[s] += sums[s];
+                }
+                ring.advance<S.stages>();
+            }
+        }
+        if constexpr (S.result == Result::bfloat16)
+            store_bf16(args, shared + group * panel_rows * S.cols * 2, group, totals, tile.row, valid, col);
+        else
+            store_f32(static_cast<float *>(args.out_data) + int64_t{tile.row + row} * args.cols, totals,
+                      valid - (row & 63), args.cols, col, false);
+    }
+    if (S.result == Result::bfloat16 && threadIdx.x % warpgroup == 0)
+        wait_stores();
+}
+
+template <const ProductShape &S> PYROUTE_DEVICE void multiply_product(const ProductArgs &args) {
+    PYROUTE_DYNAMIC_SHARED(memory);
+    const SharedAddress shared = shared_address(memory);
+    if (threadIdx.x == 0) {
+        if (shared % group_bytes != 0)
+            stop_kernel();
+        init_ring(shared, S.stages, S.shared(), 4 * S.math() * S.cluster);
+    }
+    if constexpr (S.cluster == 1)
+        sync_block();
+    else
+        sync_cluster();
+    const uint32_t group = threadIdx.x / warpgroup;
+    if (group == S.math()) {
+        if constexpr (S.math() > 1)
+            give_registers<40>();
+        if (warp_id() == 4 * S.math() && elect_lane())
+            load_operands<S>(args, shared);
+    } else {
+        if constexpr (S.math() > 1)
+            take_registers<232>();
+        multiply_tiles<S>(args, shared, group);
+    }
+}
+
+} // namespace pyroute::cuda::sm90
