@@ -9,10 +9,8 @@ target_link_libraries(_cuda PRIVATE pyroute_flags ${CMAKE_DL_LIBS})
 install(TARGETS _cuda DESTINATION pyroute)
 
 # What NVRTC reads: the kernels and the headers that they include, as they lie in the source tree.
-install(DIRECTORY csrc/ DESTINATION pyroute/_kernels/csrc FILES_MATCHING PATTERN "*.cu" PATTERN "*.cuh"
+install(DIRECTORY csrc/ DESTINATION pyroute/_kernels/csrc FILES_MATCHING PATTERN "*.cu" PATTERN "*.cuh" PATTERN "*.h"
   PATTERN "cpu" EXCLUDE PATTERN "bindings" EXCLUDE)
-file(GLOB shared_headers CONFIGURE_DEPENDS csrc/*.h)
-install(FILES ${shared_headers} DESTINATION pyroute/_kernels/csrc)
 
 if(PYROUTE_CUDA STREQUAL "OFF")
   return()
@@ -32,11 +30,15 @@ if(NOT PYROUTE_NVCC)
   return()
 endif()
 
+execute_process(COMMAND "${PYROUTE_NVCC}" --version OUTPUT_VARIABLE nvcc_version)
+string(REGEX MATCH "release ([0-9.]+)" nvcc_version "${nvcc_version}")
+set(nvcc_version "${CMAKE_MATCH_1}")
 execute_process(COMMAND "${PYROUTE_NVCC}" --list-gpu-code OUTPUT_VARIABLE known_to_nvcc ERROR_QUIET)
 string(REPLACE "\n" ";" known_to_nvcc "${known_to_nvcc}")
 set(archs "")
 foreach(arch IN LISTS PYROUTE_CUDA_ARCHS)
-  if("sm_${arch}" IN_LIST known_to_nvcc)
+  string(REGEX REPLACE "[af]$" "" plain "sm_${arch}") # the list leaves these forms out
+  if(plain IN_LIST known_to_nvcc)
     list(APPEND archs ${arch})
   else()
     message(STATUS "pyroute: this nvcc knows no sm_${arch}")
@@ -79,5 +81,5 @@ endforeach()
 add_custom_target(cuda_kernels ALL DEPENDS ${fatbins})
 list(TRANSFORM archs PREPEND "sm_" OUTPUT_VARIABLE codes)
 list(JOIN codes "\n" codes)
-file(CONFIGURE OUTPUT "${images}/architectures" CONTENT "${codes}\n")
+file(CONFIGURE OUTPUT "${images}/architectures" CONTENT "cuda ${nvcc_version}\n${codes}\n")
 install(DIRECTORY "${images}/" DESTINATION pyroute/_kernels FILES_MATCHING PATTERN "*.fatbin" PATTERN "architectures")

@@ -6,7 +6,8 @@
     cuda    floor 2, the CUDA kernels
 
 ``backend=None`` takes the fastest backend that is there for the arrays' device. A backend asked for by name is used or
-the call raises and says why: nothing falls back silently. Importing this module starts no threads and touches no GPU.
+the call raises and says why: nothing falls back silently. Importing this module starts no threads and touches no GPU:
+the first call with an array on one does.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from . import _check
+from ._device import arrays, images
 
 _core_error = ""
 try:
@@ -28,6 +30,18 @@ except ImportError as error:  # a source tree without the built extension, or a 
     missing = importlib.util.find_spec(f"{__package__}._core") is None  # Python calls that a circular import
     _core_error = "it is not built for this Python" if missing else str(error)
 HAS_CORE = not _core_error
+
+_cuda_error = ""
+try:
+    from . import _cuda
+
+    cuda = _cuda
+    _cuda.set_image_source(lambda room, capability: images.image(room, capability, _cuda.driver_version()))
+except ImportError as error:
+    missing = importlib.util.find_spec(f"{__package__}._cuda") is None
+    _cuda_error = "it is not built for this Python" if missing else str(error)
+
+OLDEST_CAPABILITY = 80
 
 # numpy.empty(shape, dtype) whose memory, if it is 64 KiB or more, is kept when the array goes and serves the next call
 empty = _core.empty if HAS_CORE else np.empty
@@ -58,6 +72,7 @@ class BackendInfo(NamedTuple):
     reason: str = ""  # empty when available
     device: str = ""  # instruction set or GPU
     threads: int = 1
+    kernels: str = ""  # on a GPU: how its kernels come, or why calls do without
 
 
 def backends() -> dict[str, BackendInfo]:
@@ -82,7 +97,7 @@ def _info(name: str) -> BackendInfo:
         case "cpu":
             return BackendInfo(False, f"pyroute._core did not load: {_core_error}")
         case _:
-            return BackendInfo(False, "this build has no CUDA kernels")
+            return _cuda_info()
 
 
 def _cupy_info() -> BackendInfo:
@@ -96,7 +111,48 @@ def _cupy_info() -> BackendInfo:
         return BackendInfo(False, f"CuPy finds no GPU: {error}")
     if count == 0:
         return BackendInfo(False, "CuPy finds no GPU")
-    return BackendInfo(True, device=cupy.cuda.runtime.getDeviceProperties(0)["name"].decode())
+    without = kernels(0).why_not
+    return BackendInfo(
+        True,
+        device=cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
+        kernels=f"CuPy's own: {without}" if without else "CuPy's own, when backend='cupy' asks for them",
+    )
+
+
+def _cuda_info() -> BackendInfo:
+    """Available if any GPU's kernels are there."""
+    if _cuda_error:
+        return BackendInfo(False, f"pyroute._cuda did not load: {_cuda_error}")
+    routes = [(device, kernels(device)) for device in range(_cuda.num_devices())]
+    if not routes:
+        return BackendInfo(False, _cuda.why_no_device())
+    device, route = next((entry for entry in routes if entry[1].how), routes[0])
+    if not route.how:
+        return BackendInfo(False, route.why_not)
+    name, capability, *_ = _cuda.device_info(device)
+    return BackendInfo(True, device=f"{name}, compute capability {capability / 10}", kernels=route.how)
+
+
+_routes: dict[int, images.Route] = {}  # of the GPUs that have kernels
+
+
+def kernels(device: int) -> images.Route:
+    """How the CUDA kernels of this GPU come, or why there are none and CuPy's arrays go through array code."""
+    if device in _routes:
+        return _routes[device]
+    if _cuda_error:
+        return images.Route("", f"pyroute._cuda did not load: {_cuda_error}")
+    try:
+        name, capability, *_ = _cuda.device_info(device)
+    except RuntimeError as error:
+        return images.Route("", str(error))
+    if capability < OLDEST_CAPABILITY:
+        least = OLDEST_CAPABILITY / 10
+        return images.Route("", f"{name} has compute capability {capability / 10}, the kernels need {least} or newer")
+    route = images.route(capability, _cuda.driver_version())
+    if route.how:
+        _routes[device] = route
+    return route
 
 
 def set_num_threads(n: int) -> None:
@@ -122,17 +178,17 @@ def array_module(x: Array) -> Any:
 
 def empty_beside(x: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """An array that is not filled, where ``x`` is: on the host or on its GPU."""
-    return sys.modules["cupy"].empty(shape, dtype) if _check.is_cupy(x) else empty(shape, dtype)
+    return arrays.empty(x, shape, dtype) if arrays.is_device(x) else empty(shape, dtype)
 
 
 def as_array(
     function: str, argument: str, x: object, dtypes: tuple[str, ...] = (), axes: tuple[_check.Axis, ...] | None = None
 ) -> Array:
-    """``x`` as a C-contiguous NumPy or CuPy array of one of these dtypes and this shape, sharing memory where it can.
+    """``x`` as a C-contiguous array of one of these dtypes and this shape, sharing memory where it can.
 
-    Takes NumPy and CuPy arrays, and anything with ``__cuda_array_interface__``, ``__dlpack__`` or the buffer protocol.
-    Lists, scalars, masked and object arrays are a TypeError: they would be guesses. What has to be copied has been
-    checked before: a broadcast view can be larger than any memory.
+    Takes NumPy and CuPy arrays, DeviceArrays, and anything with ``__cuda_array_interface__``, ``__dlpack__`` or the
+    buffer protocol. Lists, scalars, masked and object arrays are a TypeError: they would be guesses. What has to be
+    copied has been checked before: a broadcast view can be larger than any memory.
     """
     if _check.is_plain(x, dtypes, axes):
         return x
@@ -144,16 +200,16 @@ def as_array(
     if type(array) is np.ndarray:
         flags = array.flags
         return array if flags.c_contiguous and flags.aligned else array.copy()
-    return sys.modules["cupy"].ascontiguousarray(array)
+    return arrays.contiguous(array)
 
 
 def _unwrap(function: str, argument: str, x: Any) -> Array:
-    """The NumPy or CuPy array that ``x`` is or exports."""
+    """The NumPy array, CuPy array or DeviceArray that ``x`` is or exports."""
     if isinstance(x, np.ma.MaskedArray):
         raise _check.type_error(function, argument, "an array without a mask", "a masked array")
     if isinstance(x, np.ndarray):
         return x.view(np.ndarray)
-    if _check.is_cupy(x):
+    if arrays.is_device(x):
         return x
     try:
         if hasattr(x, "__cuda_array_interface__"):
@@ -168,22 +224,48 @@ def _unwrap(function: str, argument: str, x: Any) -> Array:
         raise _check.type_error(function, argument, "an array", what) from None
 
 
-def choose(function: str, backend: str | None, *arrays: Array) -> str:
+def choose(function: str, backend: str | None, *operands: Array) -> str:
     """The backend's name for these arrays (None among them is skipped); raises if it was asked for and is not there."""
-    gpu = False
-    if "cupy" in sys.modules:
-        on_gpu = [_check.is_cupy(x) for x in arrays if x is not None]
-        gpu = any(on_gpu)
-        if gpu and not all(on_gpu):
-            raise TypeError(f"{function}: arrays must be on one device, got NumPy and CuPy arrays together")
+    for x in operands:
+        if x is not None and type(x) is not np.ndarray and arrays.is_device(x):
+            return _choose_on_gpu(function, backend, operands)
     if backend is None:
-        return "cupy" if gpu else "cpu" if HAS_CORE else "numpy"
+        return "cpu" if HAS_CORE else "numpy"
     _check.one_of(function, "backend", backend, (None, *NAMES))
     if not (HAS_CORE if backend == "cpu" else backend == "numpy"):  # _info costs 1 us, and 60 us to look for CuPy
         info = _info(backend)
         if not info.available:
             raise RuntimeError(f"{function}: backend '{backend}' is not available: {info.reason}")
-    if (backend in ("cupy", "cuda")) != gpu and arrays:
-        got = f"'{backend}' with {'CuPy' if gpu else 'NumPy'} arrays"
-        raise _check.type_error(function, "backend", "one for the arrays' device", got)
+    if backend in ("cupy", "cuda") and operands:
+        raise _check.type_error(function, "backend", "one for the arrays' device", f"'{backend}' with NumPy arrays")
     return backend
+
+
+def _choose_on_gpu(function: str, backend: str | None, operands: tuple[Array, ...]) -> str:
+    """``cuda`` where its kernels serve the arrays' GPU, else ``cupy`` if they are CuPy's."""
+    first = next(x for x in operands if x is not None)
+    device, kind = arrays.device_of(first) if arrays.is_device(first) else -1, type(first)
+    for x in operands:
+        if x is not None and (type(x) is not kind or device < 0 or arrays.device_of(x) != device):
+            together = " and ".join(sorted({_describe_place(x) for x in operands if x is not None}))
+            raise TypeError(f"{function}: arrays must be on one device, got {together} together")
+    is_cupy = kind is not arrays.DeviceArray
+    if backend is not None:
+        _check.one_of(function, "backend", backend, (None, *NAMES))
+        if backend in ("numpy", "cpu") or (backend == "cupy" and not is_cupy):
+            got = f"'{backend}' with {_describe_place(first)}"
+            raise _check.type_error(function, "backend", "one for the arrays' device", got)
+    route = kernels(device)
+    if backend == "cupy" or (backend is None and is_cupy and not route.how):
+        return "cupy"
+    if not route.how:
+        raise RuntimeError(f"{function}: backend 'cuda' is not available: {route.why_not}")
+    return "cuda"
+
+
+def _describe_place(x: Array) -> str:
+    """Whose array, and on which GPU."""
+    if not arrays.is_device(x):
+        return "NumPy arrays"
+    kind = "DeviceArrays" if isinstance(x, arrays.DeviceArray) else "CuPy arrays"
+    return f"{kind} on GPU {arrays.device_of(x)}"

@@ -1,7 +1,8 @@
 """The error sentences: ``function: argument must be <expected>, got <what came>``.
 
 Everything here runs before memory is touched. A wrong kind of thing is a TypeError, a wrong value of the right kind a
-ValueError. Arrays are checked by metadata alone, except ids, whose values are checked where a bad one could be read.
+ValueError. Arrays are checked by metadata alone, except ids, whose values are checked where a bad one could be read. On
+a GPU looking at values would wait for it: its kernels do not follow ids and offsets that lead outside.
 An argument that is plainly right is passed by the extension's ``is_plain`` in 0.2 us; text is built only for one that
 is wrong.
 """
@@ -71,11 +72,27 @@ def is_cupy(x: object) -> bool:
     return cupy is not None and isinstance(x, cupy.ndarray)
 
 
+def is_device_array(x: object) -> bool:
+    """A ``DeviceArray``: memory on a GPU that another library allocated."""
+    from ._device.arrays import DeviceArray  # which imports this module
+
+    return isinstance(x, DeviceArray)
+
+
+def has_values(x: Array) -> bool:
+    """Whether the values of an array may be looked at: not those that CUDA kernels are to read."""
+    if isinstance(x, np.ndarray):
+        return True
+    from . import _backend
+
+    return is_cupy(x) and not _backend.kernels(x.device.id).how
+
+
 def describe(x: Any) -> str:
     """What came, in a few words: ``float32 [4, 8]`` for arrays, the type's name otherwise."""
     if x is None:
         return "None"
-    if isinstance(x, np.ndarray) or is_cupy(x):
+    if isinstance(x, np.ndarray) or is_cupy(x) or is_device_array(x):
         return f"{_dtype_text(x.dtype)} {list(x.shape)}"
     shape = getattr(x, "shape", None)
     return f"{type(x).__name__} {list(shape)}" if isinstance(shape, tuple) else type(x).__name__
@@ -152,11 +169,15 @@ def output(function: str, argument: str, out: Array, like: Any, axes: tuple[Axis
     if is_output(out, like, axes, inputs):
         return
     on_host = isinstance(out, np.ndarray) and not isinstance(out, np.ma.MaskedArray)
-    if not on_host and not is_cupy(out):
+    if not on_host and not is_cupy(out) and not is_device_array(out):
         raise type_error(function, argument, "an array", describe(out))
     if out.dtype != like:
         raise type_error(function, argument, _dtype_text(like), _dtype_text(out.dtype))
     shape(function, argument, out, axes)
+    if is_device_array(out):
+        if any(is_device_array(x) and out.overlaps(x) for x in inputs):
+            raise value_error(function, argument, "memory that no input uses", "an overlapping array")
+        return
     if not out.flags.c_contiguous or (on_host and not (out.flags.aligned and out.flags.writeable)):
         raise value_error(function, argument, "C-contiguous, aligned and writeable", "a view that is not")
     if on_host and any(isinstance(x, np.ndarray) and np.may_share_memory(out, x) for x in inputs):
@@ -164,8 +185,10 @@ def output(function: str, argument: str, out: Array, like: Any, axes: tuple[Axis
 
 
 def expert_ids(function: str, argument: str, ids: Array, num_experts: int) -> None:
-    """Ids [T, k] of any integer type are experts or -1; the first that is not is named."""
-    if not ids.size or (ids.min() >= -1 and ids.max() < num_experts):  # in the array's own type: 2**64 - 1 is not -1
+    """Ids [T, k] of any integer type are experts or -1; the first that is not is named. On a GPU it is not routed."""
+    if (
+        not has_values(ids) or not ids.size or (ids.min() >= -1 and ids.max() < num_experts)
+    ):  # in the array's own type: 2**64 - 1 is not -1
         return
     token, slot = divmod(int(((ids < -1) | (ids >= num_experts)).argmax()), ids.shape[1])
     expected = f"in 0..{num_experts - 1}, or -1 for not routed"
@@ -173,13 +196,18 @@ def expert_ids(function: str, argument: str, ids: Array, num_experts: int) -> No
 
 
 def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: int | None = None) -> Array:
-    """Starts of the experts' segments, then the end of the last one, as int64: 0, not decreasing, within the rows."""
+    """Starts of the experts' segments, then the end of the last one, as int64: 0, not decreasing, within the rows.
+
+    On a GPU they have to be int64, and the kernels keep them within the rows.
+    """
     if are_offsets(offsets, num_rows, num_experts):
         return offsets
-    dtype(function, "expert_offsets", offsets, INTEGERS)
+    dtype(function, "expert_offsets", offsets, ("int64",) if is_device_array(offsets) else INTEGERS)
     shape(function, "expert_offsets", offsets, (("num_experts + 1", None if num_experts is None else num_experts + 1),))
     if offsets.shape[0] < 2:
         raise value_error(function, "expert_offsets", "of shape [num_experts + 1]", list(offsets.shape))
+    if not has_values(offsets):
+        return offsets if is_device_array(offsets) else offsets.astype("int64", copy=False)
     ok = offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all() and offsets[-1] <= num_rows
     if not ok:
         raise value_error(

@@ -93,8 +93,20 @@ def test_set_num_threads_rejects_nonsense():
 
 
 def test_backend_that_is_not_there_says_why():
-    with pytest.raises(RuntimeError, match=r"^f: backend 'cuda' is not available: "):
-        _backend.choose("f", "cuda", np.zeros(3))
+    done = run(
+        """
+        import numpy as np
+        from pyroute import _backend
+        try:
+            _backend.choose("f", "cuda", np.zeros(3))
+        except RuntimeError as error:
+            assert str(error).startswith("f: backend 'cuda' is not available: "), error
+        else:
+            raise AssertionError("it was there")
+        """,
+        PYROUTE_CUDA_DRIVER="/nowhere/libcuda.so.1",
+    )
+    assert done.returncode == 0, done.stderr
     with pytest.raises(ValueError, match=r"^f: backend must be one of None, 'numpy', "):
         _backend.choose("f", "gpu", np.zeros(3))
 

@@ -303,6 +303,16 @@ std::string why_no_device() {
     }
 }
 
+int driver_version() {
+    try {
+        const Api &api = driver::api();
+        int version = 0;
+        return api.cuDriverGetVersion(&version) == driver::success ? version : 0;
+    } catch (const Error &) {
+        return 0;
+    }
+}
+
 const DeviceInfo &device_info(int device) { return card_of(driver::api(), device).info; }
 
 void launch(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape, const void *args,

@@ -58,6 +58,7 @@ struct OutOfMemory : Error {
 void set_image_source(std::function<std::string(const std::string &room, int capability)> source);
 
 int num_devices();           // 0 without a driver
+int driver_version();        // the newest CUDA that it supports, 1000 * major + 10 * minor; 0 without one
 std::string why_no_device(); // a sentence; empty if there is one
 const DeviceInfo &device_info(int device);
 

@@ -64,6 +64,12 @@ class DeviceArray:
             raise ValueError(f"DeviceArray: {self.dtype} has other items than {np.dtype(dtype)}")
         return DeviceArray(self.pointer, self.shape, dtype, self.allocator, self.owner)
 
+    def overlaps(self, other: DeviceArray) -> bool:
+        """Whether a byte of this one is one of the other's."""
+        if not self.nbytes or not other.nbytes:
+            return False
+        return self.pointer < other.pointer + other.nbytes and other.pointer < self.pointer + self.nbytes
+
     def __getitem__(self, index: int | slice) -> DeviceArray:
         """One or a run of the first axis; shares memory."""
         start, stop, step = slice(index, index + 1).indices(self.shape[0]) if isinstance(index, int) else (
@@ -90,6 +96,19 @@ class Place(NamedTuple):
 def is_device(x: object) -> bool:
     """Whether ``x`` lies on a GPU, in either of the two forms."""
     return isinstance(x, DeviceArray) or _check.is_cupy(x)
+
+
+def contiguous(x: Array) -> Array:
+    """``x``, or a C-contiguous copy."""
+    if isinstance(x, DeviceArray):
+        return x
+    with x.device:
+        return sys.modules["cupy"].ascontiguousarray(x)
+
+
+def device_of(x: Array) -> int:
+    """The number of the GPU that ``x`` lies on."""
+    return int(x.allocator.device if isinstance(x, DeviceArray) else x.device.id)
 
 
 def place(x: Array) -> Place:

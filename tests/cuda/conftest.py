@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 
-import emulated
 import pytest
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # this is a package, which pytest leaves out
+import emulated
 
 reason = emulated.build()
 if reason and os.environ.get("PYROUTE_EMULATOR_REQUIRED"):

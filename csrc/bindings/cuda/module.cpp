@@ -38,6 +38,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
     });
 
     module.def("num_devices", &cuda::num_devices);
+    module.def("driver_version", &cuda::driver_version);
     module.def("why_no_device", &cuda::why_no_device);
     module.def(
         "device_info",
