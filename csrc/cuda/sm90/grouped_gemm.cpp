@@ -1,0 +1,259 @@
+#include "cuda/sm90/grouped_gemm.h"
+
+#include <algorithm>
+#include <atomic>
+#include <initializer_list>
+
+#include "cuda/sm90/arguments.h"
+
+namespace pyroute::cuda::sm90 {
+namespace {
+
+constexpr const char *room = "sm90/grouped_gemm";
+constexpr int32_t raster_group = 16; // row tiles side by side: panels of 16 x 128 rows and 8 x 128 columns in a wave
+constexpr int64_t most = INT32_MAX;
+
+std::atomic<uint32_t *> hang_report{nullptr};
+
+bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+bool is_fp8(const GemmOperand &operand, int64_t block_rows, int64_t block_cols) {
+    return operand.type == ElementType::e4m3 && operand.scales && operand.block_rows == block_rows &&
+           operand.block_cols == block_cols;
+}
+bool is_bf16(const GemmOperand &operand) { return operand.type == ElementType::bfloat16 && !operand.scales; }
+bool multiples(int64_t of, std::initializer_list<int64_t> extents) {
+    return std::all_of(extents.begin(), extents.end(), [&](int64_t extent) { return extent > 0 && extent % of == 0; });
+}
+bool small(std::initializer_list<int64_t> extents) {
+    return std::all_of(extents.begin(), extents.end(), [](int64_t extent) { return extent <= most; });
+}
+
+// A workspace from its start: without an address it is only measured.
+class Cutter {
+  public:
+    explicit Cutter(void *start) : start_(static_cast<char *>(start)) {}
+    template <class T> T *take(int64_t count) {
+        char *const at = start_ ? start_ + size_ : nullptr;
+        size_ += static_cast<size_t>(blocks_of(count * static_cast<int64_t>(sizeof(T)), 256) * 256);
+        return reinterpret_cast<T *>(at);
+    }
+    size_t size() const { return size_; }
+
+  private:
+    char *start_;
+    size_t size_ = 0;
+};
+
+struct Table {
+    int64_t capacity;
+    int32_t *num_tiles;
+    Tile *tiles;
+    int32_t *starts; // null without
+};
+
+Table cut_table(Cutter &cutter, int64_t rows, int64_t experts, int64_t tile_rows, bool with_starts) {
+    const int64_t capacity = most_tiles(rows, experts, tile_rows);
+    return {capacity, cutter.take<int32_t>(1), cutter.take<Tile>(capacity),
+            with_starts ? cutter.take<int32_t>(experts + 1) : nullptr};
+}
+
+void fill_table(const Stream &stream, const Table &table, const int64_t *offsets, int64_t rows, int64_t experts,
+                int64_t tile_rows, bool with_tail) {
+    launch(stream, room, "make_tiles", {1, 256},
+           TileTableArgs{offsets, rows, experts, static_cast<int32_t>(tile_rows), static_cast<int32_t>(table.capacity),
+                         with_tail, table.num_tiles, table.tiles, table.starts});
+}
+
+struct ProductKernel {
+    const char *name;
+    ProductShape shape;
+};
+
+#define PYROUTE_PRODUCT(shape) {#shape "_product", shape}
+
+// The bytes do not depend on the tile: 64 rows where experts have few, as half of 128 would be multiplied for nothing.
+ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
+    const bool few = args.num_rows <= 64 * args.num_experts, f32 = args.out_type == ElementType::float32;
+    if (args.a.type == ElementType::e4m3) {
+        if (few)
+            return f32 ? ProductKernel PYROUTE_PRODUCT(fp8_64_f32) : ProductKernel PYROUTE_PRODUCT(fp8_64);
+        return f32 ? ProductKernel PYROUTE_PRODUCT(fp8_128_f32) : ProductKernel PYROUTE_PRODUCT(fp8_128);
+    }
+    if (transposed)
+        return f32 ? ProductKernel PYROUTE_PRODUCT(bf16_dgrad_128_f32) : ProductKernel PYROUTE_PRODUCT(bf16_dgrad_128);
+    if (few)
+        return f32 ? ProductKernel PYROUTE_PRODUCT(bf16_64_f32) : ProductKernel PYROUTE_PRODUCT(bf16_64);
+    return f32 ? ProductKernel PYROUTE_PRODUCT(bf16_128_f32) : ProductKernel PYROUTE_PRODUCT(bf16_128);
+}
+#undef PYROUTE_PRODUCT
+
+int64_t item_size(ElementType type) { return type == ElementType::e4m3 ? 1 : 2; }
+MapType map_type(ElementType type) { return type == ElementType::e4m3 ? MapType::uint8 : MapType::bfloat16; }
+
+// A map of [rows, cols], row_bytes apart, in boxes of 128 bytes times box_rows.
+TensorMap operand_map(const Stream &stream, ElementType type, const void *data, int64_t rows, int64_t cols,
+                      uint32_t box_rows) {
+    const int64_t item = item_size(type);
+    return tensor_map(stream, {map_type(type), data, static_cast<uint64_t>(cols), static_cast<uint64_t>(rows),
+                               static_cast<uint64_t>(cols * item), static_cast<uint32_t>(row_bytes / item), box_rows,
+                               Swizzle::bytes128});
+}
+
+// Where dgrad's copy of b lies: [experts, K, N padded to 128].
+int64_t padded(int64_t extent) { return blocks_of(extent, 128) * 128; }
+
+uint32_t blocks_for(const Stream &stream, int64_t tiles) {
+    return static_cast<uint32_t>(std::min<int64_t>(device_info(stream.device).num_sms, tiles));
+}
+
+} // namespace
+
+bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed) {
+    const int64_t depth = transposed ? args.n : args.k, cols = transposed ? args.k : args.n;
+    const bool fp8 = is_fp8(args.a, 1, 128) && is_fp8(args.b, 128, 128);
+    if (card.capability != 90 || !(fp8 || (is_bf16(args.a) && is_bf16(args.b))) || args.num_experts < 1)
+        return false;
+    if (!aligned(args.a.data) || !aligned(args.b.data) || !aligned(args.out) || !multiples(8, {cols}))
+        return false;
+    if (fp8 ? !multiples(16, {depth}) || (transposed && !multiples(16, {cols}))
+            : !multiples(transposed ? 64 : 8, {depth}))
+        return false;
+    const int64_t tiles = most_tiles(args.num_rows, args.num_experts, 64) * blocks_of(cols, 128);
+    return small({args.num_rows, depth, args.num_experts * padded(depth), args.num_experts * padded(cols), tiles}) &&
+           (!(fp8 && transposed) || args.num_experts * blocks_of(depth, 128) < 65536);
+}
+
+size_t workspace(const GroupedGemmArgs &args, bool transposed) {
+    Cutter cutter(nullptr);
+    cut_table(cutter, args.num_rows, args.num_experts, kernel_of(args, transposed).shape.rows, false);
+    if (transposed && args.a.type == ElementType::e4m3)
+        cutter.take<uint8_t>(args.num_experts * args.k * padded(args.n));
+    return cutter.size();
+}
+
+void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transposed, void *workspace) {
+    if (args.num_rows == 0)
+        return;
+    const ProductKernel kernel = kernel_of(args, transposed);
+    const ProductShape &shape = kernel.shape;
+    const int64_t depth = transposed ? args.n : args.k, cols = transposed ? args.k : args.n;
+    Cutter cutter(workspace);
+    const Table table = cut_table(cutter, args.num_rows, args.num_experts, shape.rows, false);
+    fill_table(stream, table, args.expert_offsets, args.num_rows, args.num_experts, shape.rows, true);
+
+    ProductArgs product = {};
+    product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, depth, shape.rows / shape.cluster);
+    product.b_rows = static_cast<int32_t>(shape.transposed_b ? depth : cols);
+    if (transposed && shape.element == Element::e4m3) { // a copy that runs along the contraction
+        auto *const copy = cutter.take<uint8_t>(args.num_experts * cols * padded(depth));
+        const int64_t blocks = args.num_experts * blocks_of(depth, 128);
+        launch(stream, room, "transpose_bytes",
+               {static_cast<uint32_t>(blocks_of(cols, 128)), 256, 0, 1, static_cast<uint32_t>(blocks)},
+               TransposeArgs{static_cast<const uint8_t *>(args.b.data), copy, nullptr, nullptr, depth, cols,
+                             padded(depth)});
+        product.b = operand_map(stream, args.b.type, copy, args.num_experts * cols, padded(depth), shape.cols);
+    } else {
+        product.b = operand_map(stream, args.b.type, args.b.data, args.num_experts * args.n, args.k,
+                                shape.transposed_b ? 64 : shape.cols);
+    }
+    if (shape.result == Result::bfloat16)
+        product.out = tensor_map(stream, {MapType::bfloat16, args.out, static_cast<uint64_t>(cols),
+                                          static_cast<uint64_t>(args.num_rows), static_cast<uint64_t>(cols * 2), 64, 64,
+                                          Swizzle::bytes128});
+    product.num_tiles = table.num_tiles;
+    product.tiles = table.tiles;
+    product.a_scales = args.a.scales;
+    product.b_scales = args.b.scales;
+    const int64_t scale_cols = blocks_of(args.k, 128);
+    product.b_scale_expert = blocks_of(args.n, 128) * scale_cols;
+    product.b_scale_col = transposed ? 1 : scale_cols;
+    product.b_scale_depth = transposed ? scale_cols : 1;
+    product.out_data = args.out;
+    product.rows = static_cast<int32_t>(args.num_rows);
+    product.cols = static_cast<int32_t>(cols);
+    product.depth = static_cast<int32_t>(depth);
+    product.raster_group = raster_group;
+    product.hang_report = hang_report.load();
+    const int64_t tiles = table.capacity * blocks_of(cols, shape.cols * shape.cluster);
+    launch(stream, room, kernel.name,
+           {blocks_for(stream, tiles) / shape.cluster * shape.cluster, shape.threads(), shape.shared().total(),
+            shape.cluster},
+           product);
+}
+
+bool serves_wgrad(const DeviceInfo &card, const GroupedGemmWgradArgs &args, bool restarts) {
+    const bool fp8 = restarts && is_fp8(args.grad_out, 128, 1) && is_fp8(args.a, 128, 1);
+    if (card.capability != 90 || !(fp8 || (is_bf16(args.grad_out) && is_bf16(args.a))) || args.num_experts < 1)
+        return false;
+    if (!aligned(args.grad_out.data) || !aligned(args.a.data) || !aligned(args.out) ||
+        !multiples(fp8 ? 16 : 8, {args.n, args.k}))
+        return false;
+    if (fp8 && (!aligned(args.grad_out.scales) || !aligned(args.a.scales)))
+        return false;
+    const int64_t blocks = most_tiles(args.num_rows, args.num_experts, 128);
+    return blocks < 65536 &&
+           small({args.num_rows, args.n, args.k, args.num_experts * blocks_of(args.n, 128) * blocks_of(args.k, 128)});
+}
+
+size_t wgrad_workspace(const GroupedGemmWgradArgs &args) {
+    Cutter cutter(nullptr);
+    if (args.a.type == ElementType::e4m3) {
+        const Table table = cut_table(cutter, args.num_rows, args.num_experts, 128, true);
+        cutter.take<uint8_t>(args.n * table.capacity * 128);
+        cutter.take<uint8_t>(args.k * table.capacity * 128);
+    }
+    return cutter.size();
+}
+
+void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, void *workspace) {
+    const bool fp8 = args.a.type == ElementType::e4m3;
+    const WgradShape &shape = fp8 ? fp8_wgrad : bf16_wgrad;
+    WgradArgs product = {};
+    if (fp8 && args.num_rows > 0) {
+        Cutter cutter(workspace);
+        const Table table = cut_table(cutter, args.num_rows, args.num_experts, 128, true);
+        fill_table(stream, table, args.expert_offsets, args.num_rows, args.num_experts, 128, false);
+        const auto transposed = [&](const GemmOperand &operand, int64_t cols) {
+            auto *const copy = cutter.take<uint8_t>(cols * table.capacity * 128);
+            launch(stream, room, "transpose_bytes",
+                   {static_cast<uint32_t>(blocks_of(cols, 128)), 256, 0, 1, static_cast<uint32_t>(table.capacity)},
+                   TransposeArgs{static_cast<const uint8_t *>(operand.data), copy, table.num_tiles, table.tiles,
+                                 args.num_rows, cols, table.capacity * 128});
+            return operand_map(stream, operand.type, copy, cols, table.capacity * 128, 128);
+        };
+        const auto scales = [&](const GemmOperand &operand, int64_t cols) {
+            return tensor_map(stream, {MapType::float32, operand.scales, static_cast<uint64_t>(cols),
+                                       static_cast<uint64_t>(operand.scale_rows), static_cast<uint64_t>(cols * 4), 128,
+                                       1, Swizzle::none});
+        };
+        product.grad_out = transposed(args.grad_out, args.n);
+        product.a = transposed(args.a, args.k);
+        product.grad_out_scales = scales(args.grad_out, args.n);
+        product.a_scales = scales(args.a, args.k);
+        product.starts = table.starts;
+    } else if (args.num_rows > 0) {
+        product.grad_out = operand_map(stream, args.grad_out.type, args.grad_out.data, args.num_rows, args.n, 64);
+        product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, args.k, 64);
+    } else {
+        if (!args.accumulate)
+            fill(stream, args.out, 0, static_cast<size_t>(args.num_experts * args.n * args.k) * sizeof(float));
+        return;
+    }
+    product.expert_offsets = args.expert_offsets;
+    product.out = args.out;
+    product.accumulate = args.accumulate;
+    product.rows = static_cast<int32_t>(args.num_rows);
+    product.experts = static_cast<int32_t>(args.num_experts);
+    product.n = static_cast<int32_t>(args.n);
+    product.k = static_cast<int32_t>(args.k);
+    product.raster_group = raster_group;
+    product.hang_report = hang_report.load();
+    const int64_t tiles = args.num_experts * blocks_of(args.n, 128) * blocks_of(args.k, 128);
+    launch(stream, room, fp8 ? "fp8_wgrad_product" : "bf16_wgrad_product",
+           {blocks_for(stream, tiles), shape.threads(), shape.shared().total()}, product);
+}
+
+void report_hangs_to(uint32_t *words) { hang_report = words; }
+
+} // namespace pyroute::cuda::sm90
