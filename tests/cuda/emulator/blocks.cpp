@@ -1,6 +1,7 @@
 // Blocks and clusters: their threads, their shared memory, what they leave behind.
 #include "blocks.h"
 
+#include <algorithm>
 #include <cstring>
 #include <new>
 #include <sys/mman.h>
@@ -61,7 +62,10 @@ static void begin(Block &block, const Shape &shape) {
         thread.warp = &block.warps[t / 32];
         thread.lane = t % 32;
         thread.state = Thread::fresh;
+        thread.copies_see_all = true;
+        thread.registers = registers_at_start(*current_kernel);
     }
+    block.free_registers = 0; // the pool: what warps gave back
     block.memory = regions().take();
     block.dynamic_bytes = shape.shared_bytes;
     block.used_bytes = (shape.shared_bytes + 15) / 16 * 16;
@@ -93,14 +97,22 @@ std::unique_ptr<Cluster> new_cluster(const Shape &shape, uint64_t number) {
     return cluster;
 }
 
-std::string end_cluster(Cluster &cluster) {
-    for (Block *block : cluster.blocks)
+void end_cluster(Cluster &cluster) {
+    for (Block *block : cluster.blocks) {
+        const std::string name = "block " + std::to_string(block->index.x);
         for (uint32_t where : block->canaries)
             for (uint32_t i = 0; i < canary_bytes; ++i)
                 if (static_cast<uint8_t>(block->memory[where + i]) != canary)
-                    return "block " + std::to_string(block->index.x) +
-                           " wrote past the end of an object in its shared memory";
-    return "";
+                    fail(name + " wrote past the end of an object in its shared memory");
+        for (const auto &[offset, barrier] : block->phase_barriers)
+            if (barrier.bytes != 0)
+                fail(name + " ended while its barrier at byte " + std::to_string(offset) + " expected " +
+                     std::to_string(barrier.bytes) + " bytes");
+    }
+}
+
+uint32_t registers_at_start(const Kernel &kernel) {
+    return std::min<uint32_t>(65536 / (kernel.threads * kernel.blocks) / 8 * 8, 248);
 }
 
 uint32_t new_slot() { return num_slots++; }
@@ -137,17 +149,25 @@ uint32_t shared_address(const void *pointer) {
     fail("an address outside of shared memory where one in it is expected");
 }
 
-char *shared_pointer(uint32_t address, size_t bytes, const char *word) {
-    const uint32_t rank = address >> 24, offset = (address & 0xffffff) - window;
-    const Cluster &cluster = *current->block->cluster;
-    if (rank > cluster.blocks.size())
-        fail(std::string(word) + " names a block that the cluster does not have");
-    const Block &block = rank ? *cluster.blocks[rank - 1] : *current->block;
+char *shared_pointer(const Block &block, uint32_t address, size_t bytes, const char *word) {
+    const uint32_t offset = (address & 0xffffff) - window;
     if (offset >= block.used_bytes || offset + bytes > block.used_bytes)
         fail(std::string(word) + " goes outside of the block's shared memory");
     if (block.exited == block.num_threads)
         fail(std::string(word) + " goes to a block that has exited");
     return block.memory + offset;
+}
+
+char *shared_pointer(uint32_t address, size_t bytes, const char *word) {
+    const uint32_t rank = address >> 24;
+    return shared_pointer(rank ? block_of_cluster(rank - 1, word) : *current->block, address, bytes, word);
+}
+
+Block &block_of_cluster(uint32_t rank, const char *word) {
+    Cluster &cluster = *current->block->cluster;
+    if (rank >= cluster.blocks.size())
+        fail(std::string(word) + " names a block that the cluster does not have");
+    return *cluster.blocks[rank];
 }
 
 } // namespace emulator

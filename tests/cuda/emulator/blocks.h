@@ -8,7 +8,7 @@
 namespace emulator {
 
 std::unique_ptr<Cluster> new_cluster(const Shape &shape, uint64_t number);
-std::string end_cluster(Cluster &cluster); // a sentence about what its blocks left behind, or an empty string
-void thread_exits(Thread &thread);         // fails if others count on it
+void end_cluster(Cluster &cluster); // fails if its blocks left something behind
+void thread_exits(Thread &thread);  // fails if others count on it
 
 } // namespace emulator

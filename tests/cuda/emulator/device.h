@@ -12,7 +12,7 @@
 #define PYROUTE_KERNEL(kernel_name, kernel_threads, kernel_blocks, Args)                                               \
     static void kernel_name(const Args &args);                                                                         \
     static const ::emulator::Registration registration_of_##kernel_name{                                               \
-        {#kernel_name, kernel_threads, sizeof(Args),                                                                   \
+        {#kernel_name, kernel_threads, kernel_blocks, sizeof(Args),                                                    \
          [](const void *arguments) { kernel_name(*static_cast<const Args *>(arguments)); }}};                          \
     static_assert((kernel_threads) <= 1024 && (kernel_threads) * (kernel_blocks) <= 2048, "launch bounds");            \
     static void kernel_name([[maybe_unused]] const Args &args)
@@ -22,6 +22,7 @@
 #define PYROUTE_DYNAMIC_SHARED(name) char *const name = ::emulator::current->block->memory
 
 #define PYROUTE_UNROLL
+#define PYROUTE_UNROLL_BY(count)
 
 #define threadIdx (::emulator::current->index)
 #define blockIdx (::emulator::current->block_index)
@@ -60,7 +61,7 @@ constexpr uint32_t all_lanes = 0xffffffffu;
 inline uint32_t lane_id() { return emulator::current->lane; }
 inline uint32_t warp_id() { return threadIdx.x >> 5; }
 
-inline void sync_block() { emulator::sync_named(0, emulator::current_shape.threads, true, "sync_block"); }
+inline void sync_block() { emulator::sync_named(0, emulator::current_shape.threads, "sync_block"); }
 inline void sync_warp(uint32_t mask = all_lanes) { emulator::meet(emulator::Collective::sync_warp, mask, 0, 0); }
 
 template <class T> T shuffle(T value, uint32_t source, uint32_t mask = all_lanes) {

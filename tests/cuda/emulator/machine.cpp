@@ -9,25 +9,35 @@
 #include <memory>
 #include <mutex>
 #include <numeric>
+#include <pthread.h>
 
 #include "blocks.h"
+#include "copies.h"
 
 namespace emulator {
 
 Thread *current = nullptr;
+const Kernel *current_kernel = nullptr;
 Shape current_shape{};
 
 namespace {
 
+struct Failure {
+    std::string sentence;
+};
+
 struct Machine {
     Context scheduler = nullptr;
-    const Kernel *kernel = nullptr;
     const void *args = nullptr;
     std::vector<Warp *> runnable;
     std::vector<std::unique_ptr<Cluster>> resident;
     std::string failure;
     uint64_t random = 1;
     uint64_t idle_turns = 0; // turns in a row that ended in pause()
+    uint64_t copy_delay = 1; // turns that a copy waits, on average, while threads run
+    uint32_t elected = 0;
+    bool running = false;
+    pthread_t host_thread{};
     Stacks stacks;
     sigjmp_buf escape;
 };
@@ -49,7 +59,7 @@ uint64_t number_from(const char *variable, uint64_t otherwise) {
 
 // Where a fiber begins and ends.
 void thread_main() {
-    machine.kernel->run(machine.args);
+    current_kernel->run(machine.args);
     Thread &thread = *current;
     thread.state = Thread::exited;
     thread_exits(thread); // looks at who waits for it
@@ -114,7 +124,11 @@ std::string who_waits() {
                             std::to_string(block->index.x) + " at " + thread.waits_at;
                 first = end;
             }
-    return text + (entries > 8 ? "; and others" : "");
+    text += entries > 8 ? "; and others" : "";
+    for (const auto &cluster : machine.resident)
+        for (const Block *block : cluster->blocks)
+            text += barriers_waited_for(*block);
+    return text;
 }
 
 void run_blocks(const Shape &shape) {
@@ -134,16 +148,18 @@ void run_blocks(const Shape &shape) {
                     wake(thread);
         }
         if (machine.resident.empty())
-            return;
-        if (machine.runnable.empty()) {
-            machine.failure = "deadlock, every thread waits: " + who_waits();
-            return;
+            return land_all_copies();
+        if (copies_under_way() && (machine.runnable.empty() || next_random() % machine.copy_delay == 0)) {
+            land_a_copy();
+            continue;
         }
+        if (machine.runnable.empty())
+            throw Failure{"deadlock, every thread waits: " + who_waits()};
         Thread &thread = choose();
         take_turn(thread);
         if (thread.state == Thread::exited && machine.failure.empty() && --thread.block->cluster->live_threads == 0) {
             Cluster *done = thread.block->cluster;
-            machine.failure = end_cluster(*done);
+            end_cluster(*done);
             machine.resident.erase(std::find_if(machine.resident.begin(), machine.resident.end(),
                                                 [done](const auto &cluster) { return cluster.get() == done; }));
         }
@@ -155,7 +171,7 @@ struct sigaction handlers_before[4];
 constexpr int caught[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 
 void on_signal(int signal, siginfo_t *info, void *context) {
-    if (!current) { // not ours
+    if (!machine.running || !pthread_equal(pthread_self(), machine.host_thread)) { // not ours
         for (int i = 0; i < 4; ++i)
             if (caught[i] == signal) {
                 sigaction(signal, &handlers_before[i], nullptr);
@@ -166,7 +182,7 @@ void on_signal(int signal, siginfo_t *info, void *context) {
     }
     char address[32];
     snprintf(address, sizeof(address), "%p", info->si_addr);
-    const std::string who = name_of(*current);
+    const std::string who = current ? name_of(*current) : "the copy engine";
     if (machine.stacks.guards(info->si_addr))
         machine.failure = who + " overflowed its stack";
     else if (signal == SIGSEGV || signal == SIGBUS)
@@ -208,7 +224,9 @@ std::string run(const Kernel &kernel, const Shape &shape, const void *args) {
     machine.random = (number_from("PYROUTE_EMULATOR_SEED", 0) + 1) * 0x9e3779b97f4a7c15ull + ++launches;
     for (int i = 0; i < 4; ++i)
         next_random();
-    machine.kernel = &kernel;
+    current_kernel = &kernel;
+    machine.copy_delay = uint64_t{1} << next_random() % 8;
+    machine.elected = random_below(32);
     machine.args = args;
     machine.failure.clear();
     machine.idle_turns = 0;
@@ -219,12 +237,20 @@ std::string run(const Kernel &kernel, const Shape &shape, const void *args) {
     std::fesetenv(FE_DFL_ENV);
     {
         const CatchSignals guard;
-        if (sigsetjmp(machine.escape, 1) == 0)
-            run_blocks(shape);
+        machine.host_thread = pthread_self();
+        machine.running = true;
+        try {
+            if (sigsetjmp(machine.escape, 1) == 0)
+                run_blocks(shape);
+        } catch (const Failure &failure) {
+            machine.failure = failure.sentence;
+        }
+        machine.running = false;
     }
     std::fesetenv(&mode);
 
     current = nullptr;
+    forget_copies();
     machine.runnable.clear();
     machine.resident.clear();
     machine.stacks.give_all();
@@ -232,6 +258,8 @@ std::string run(const Kernel &kernel, const Shape &shape, const void *args) {
 }
 
 void fail(const std::string &sentence) {
+    if (!current)
+        throw Failure{sentence};
     machine.failure = name_of(*current) + ": " + sentence;
     to_scheduler();
     abort();
@@ -282,6 +310,8 @@ void maybe_pause() {
         machine.idle_turns = idle;
     }
 }
+
+uint32_t elected_lane() { return machine.elected; }
 
 uint32_t random_below(uint32_t n) { return static_cast<uint32_t>(next_random() % n); }
 

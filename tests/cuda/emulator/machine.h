@@ -6,6 +6,8 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -22,7 +24,7 @@ struct Index3 {
 
 struct Kernel {
     const char *name;
-    uint32_t threads;
+    uint32_t threads, blocks; // the launch bounds
     size_t args_bytes;
     void (*run)(const void *args);
 };
@@ -32,10 +34,27 @@ struct Shape {
     uint32_t threads, shared_bytes, cluster;
 };
 
-enum class Collective : uint8_t { sync_warp, shuffle, ballot, match_any, reduce_max, reduce_min, reduce_add };
+enum class Collective : uint8_t {
+    sync_warp,
+    shuffle,
+    ballot,
+    match_any,
+    reduce_max,
+    reduce_min,
+    reduce_add,
+    elect_lane,
+    give_registers,
+    take_registers,
+    load_matrices,
+    store_matrices,
+    multiply,
+    matrix_wait,
+};
 
 struct Block;
 struct Warp;
+struct Products; // products.cpp
+struct Copies;   // copies.cpp
 
 struct Thread {
     enum State : uint8_t { fresh, ready, waiting, exited };
@@ -50,6 +69,12 @@ struct Thread {
     char *stack;
     uint64_t value, result; // of a collective
     uint32_t source;
+    const void *operands; // of a word that all lanes say together
+    bool wrote_shared;    // since its last fence for copies
+    bool copies_see_all;  // what was written before its last barrier
+    uint32_t registers;
+    std::shared_ptr<Products> products; // that it asked for and that are not done
+    std::shared_ptr<Copies> copies;
 };
 
 // Lanes that meet at one word with one mask.
@@ -70,6 +95,17 @@ struct Warp {
 // Barrier 0 is sync_block.
 struct NamedBarrier {
     uint32_t expected, arrived;
+    bool fenced; // by all that arrived
+    std::vector<Thread *> waiting;
+};
+
+// In shared memory, where only a mark of it lies (barriers.cpp).
+struct PhaseBarrier {
+    uint32_t count, pending; // arrivals: of a phase, still missing
+    int64_t bytes;           // still to come
+    uint64_t phase;
+    bool fenced; // the cluster and the copy engine see it
+    Thread *owner;
     std::vector<Thread *> waiting;
 };
 
@@ -89,6 +125,9 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     NamedBarrier barriers[16];
+    std::map<uint32_t, PhaseBarrier> phase_barriers; // by offset
+    uint32_t free_registers;
+    std::vector<Thread *> waiting_for_registers;
     char *memory; // multiple of 1024
     uint32_t dynamic_bytes, static_bytes, used_bytes;
     std::vector<char *> objects; // by slot
@@ -101,7 +140,7 @@ extern Shape current_shape; // of the launch that runs
 // Runs a launch to its end; returns an empty string, or a sentence that says why it failed.
 std::string run(const Kernel &kernel, const Shape &shape, const void *args);
 
-// Ends the launch that runs, from inside a thread.
+// Ends the launch that runs.
 [[noreturn]] void fail(const std::string &sentence);
 std::string name_of(const Thread &thread); // "thread 3 of block 1"
 
@@ -111,9 +150,19 @@ void wake(Thread &thread);
 void pause(const char *word);
 void maybe_pause(); // sometimes: another order of atomic operations
 uint32_t random_below(uint32_t n);
+uint32_t elected_lane(); // the same one during a launch
 
 uint64_t meet(Collective word, uint32_t mask, uint64_t value, uint32_t source);
-void sync_named(uint32_t barrier, uint32_t threads, bool waits, const char *word);
+// A word of all 32 lanes: `together` runs once, in the lane that comes last, and finds what each one gave.
+void meet_all(Collective word, const void *operands, void (*together)(Warp &warp));
+template <class Operands> const Operands &operands_of(const Warp &warp, uint32_t lane) {
+    return *static_cast<const Operands *>(warp.threads[lane].operands);
+}
+void sync_named(uint32_t barrier, uint32_t threads, const char *word);
+void sync_cluster();
+
+uint32_t registers_at_start(const Kernel &kernel); // per thread
+extern const Kernel *current_kernel;
 
 uint32_t new_slot();
 char *shared_object(uint32_t slot, size_t bytes, size_t alignment);
@@ -122,5 +171,7 @@ char *shared_object(uint32_t slot, size_t bytes, size_t alignment);
 // for the own block.
 uint32_t shared_address(const void *pointer);
 char *shared_pointer(uint32_t address, size_t bytes, const char *word);
+char *shared_pointer(const Block &block, uint32_t address, size_t bytes, const char *word);
+Block &block_of_cluster(uint32_t rank, const char *word);
 
 } // namespace emulator
