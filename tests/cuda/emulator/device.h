@@ -9,13 +9,13 @@
 
 #define PYROUTE_DEVICE inline
 
-#define PYROUTE_KERNEL(kernel_name, kernel_threads, kernel_blocks, Args)                                               \
-    static void kernel_name(const Args &args);                                                                         \
-    static const ::emulator::Registration registration_of_##kernel_name{                                               \
-        {#kernel_name, kernel_threads, kernel_blocks, sizeof(Args),                                                    \
-         [](const void *arguments) { kernel_name(*static_cast<const Args *>(arguments)); }}};                          \
-    static_assert((kernel_threads) <= 1024 && (kernel_threads) * (kernel_blocks) <= 2048, "launch bounds");            \
-    static void kernel_name([[maybe_unused]] const Args &args)
+#define PYROUTE_KERNEL(kernel, max_threads, min_blocks, Args)                                                          \
+    static void entry_point_##kernel(const Args &args);                                                                \
+    static const ::emulator::Registration registration_of_##kernel{                                                    \
+        {#kernel, max_threads, min_blocks, sizeof(Args),                                                               \
+         [](const void *args) { entry_point_##kernel(*static_cast<const Args *>(args)); }}};                           \
+    static_assert((max_threads) <= 1024 && (max_threads) * (min_blocks) <= 2048, "launch bounds");                     \
+    static void entry_point_##kernel([[maybe_unused]] const Args &args)
 
 // The lambda's type is the declaration's own, in every instance of a template.
 #define PYROUTE_SHARED(Type, name) Type &name = ::emulator::shared<Type>([] {})
