@@ -1,5 +1,7 @@
 """Arrays on the emulated GPU, for the tests: its memory is the host's, between inaccessible pages.
 
+With PYROUTE_TEST_DEVICE=real they are on the first real GPU instead (tests/cuda/real.py), and the tests run unchanged.
+
 ``build()`` makes ``libcuda_emulated.so`` with CMake (again only what changed) and points ``PYROUTE_CUDA_DRIVER`` at it;
 tests/cuda/conftest.py does so before the first test. ``to_device`` and ``to_host`` copy; what a kernel writes around an
 array, in its slack or in the guard pages, is found.
@@ -20,12 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import real
 
 from pyroute._device.arrays import DeviceArray
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "emulator"
 LIBRARY = BUILD / "libcuda_emulated.so"
+
+REAL = os.environ.get("PYROUTE_TEST_DEVICE", "emulated") == "real"
 
 POISON = 0x7F
 ALIGNMENT = 256
@@ -34,6 +40,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def build() -> str | None:
     """None, or why there is no emulator; then the tests that need it are skipped."""
+    if REAL:
+        return real.why_no_gpu()
     if os.environ.get("PYROUTE_CUDA_DRIVER"):
         return None
     cmake = shutil.which("cmake", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
@@ -59,6 +67,8 @@ def build() -> str | None:
 
 def library() -> ctypes.CDLL:
     """The emulator itself, for its sentences and for planting failures."""
+    if REAL:
+        pytest.skip("this test is about the emulator")
     emulator = ctypes.CDLL(os.environ["PYROUTE_CUDA_DRIVER"])
     emulator.pyroute_emulator_sentence.restype = ctypes.c_char_p
     emulator.pyroute_emulator_launched.restype = ctypes.c_char_p
@@ -123,7 +133,7 @@ class EmulatedMemory:
         self.regions.clear()
 
 
-memory = EmulatedMemory()
+memory: Any = real.RealMemory() if REAL else EmulatedMemory()
 
 
 def to_device(array: Any, *, at: str | None = None, offset: int = 0) -> DeviceArray:
@@ -134,14 +144,19 @@ def to_device(array: Any, *, at: str | None = None, offset: int = 0) -> DeviceAr
     """
     array = np.ascontiguousarray(array) if np.ndim(array) else np.asarray(array)
     itemsize = array.dtype.itemsize
-    if at == "end":
+    if at == "end" and REAL:
+        address, owner = memory.allocate(array.nbytes, itemsize)
+    elif at == "end":
         region = Region(array.nbytes, at="end", alignment=itemsize)
         memory.regions.append(region)
         address, owner = region.address, region
     else:
         address, owner = memory.allocate(array.nbytes + offset * itemsize)
         address += offset * itemsize
-    ctypes.memmove(address, array.ctypes.data, array.nbytes)
+    if REAL:
+        real.write(address, array)
+    else:
+        ctypes.memmove(address, array.ctypes.data, array.nbytes)
     return DeviceArray(address, array.shape, array.dtype, memory, owner)
 
 
@@ -152,7 +167,8 @@ def to_host(array: Any) -> Any:
         return type(array)(*items) if hasattr(array, "_fields") else tuple(items)
     if not isinstance(array, DeviceArray):
         return array
-    return np.frombuffer(ctypes.string_at(array.pointer, array.nbytes), array.dtype).reshape(array.shape).copy()
+    content = real.read(array.pointer, array.nbytes) if REAL else ctypes.string_at(array.pointer, array.nbytes)
+    return np.frombuffer(content, array.dtype).reshape(array.shape).copy()
 
 
 class _Config(ctypes.Structure):

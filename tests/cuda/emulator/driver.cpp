@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "graphs.h"
 #include "refusals.h"
 #include "registry.h"
 
@@ -24,6 +25,7 @@ struct State {
     std::mutex mutex;
     std::map<std::string, int> failures; // by entry point: what its next call returns
     std::map<const Kernel *, int> dynamic_shared;
+    std::map<std::string, int> calls; // by entry point
     std::string sentence;
     std::string launched; // names of kernels, one a line
     bool initialised = false;
@@ -167,6 +169,7 @@ CUresult begin(const char *entry_point) {
         all.failures.erase(failure);
         return result;
     }
+    ++all.calls[entry_point];
     return all.initialised ? CUDA_SUCCESS : CUDA_ERROR_NOT_INITIALIZED;
 }
 
@@ -218,6 +221,12 @@ EXPORT const char *pyroute_emulator_launched(int clear) {
     if (clear)
         state().launched.clear();
     return names.c_str();
+}
+
+// How often an entry point was called.
+EXPORT int pyroute_emulator_calls(const char *entry_point) {
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    return state().calls[entry_point];
 }
 
 EXPORT CUresult cuInit(unsigned) {
@@ -333,17 +342,6 @@ EXPORT CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
     return CUDA_SUCCESS;
 }
 
-EXPORT CUresult cuStreamIsCapturing(CUstream, int *status) {
-    BEGIN(cuStreamIsCapturing);
-    *status = 0;
-    return CUDA_SUCCESS;
-}
-
-EXPORT CUresult cuStreamSynchronize(CUstream) {
-    BEGIN(cuStreamSynchronize);
-    return CUDA_SUCCESS;
-}
-
 EXPORT CUresult cuLibraryLoadData(CUlibrary *library, const void *, void *, void **, unsigned, void *, void **,
                                   unsigned) {
     static char any;
@@ -378,6 +376,25 @@ EXPORT CUresult cuFuncSetAttribute(CUfunction function, int attribute, int value
     return cuKernelSetAttribute(attribute, value, reinterpret_cast<CUkernel>(function), 0);
 }
 
+namespace {
+
+CUresult run_now(const Kernel &kernel, const CUlaunchConfig &config, unsigned cluster, const std::vector<char> &kept) {
+    {
+        const std::lock_guard<std::mutex> lock(state().mutex);
+        state().launched += std::string(kernel.name) + "\n";
+    }
+    std::vector<char> copy(kept.size() + 128); // tensor maps in it are aligned
+    void *args = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(copy.data()) + 127) / 128 * 128);
+    std::memcpy(args, kept.data(), kept.size());
+    const Shape shape = {{config.grid_x, config.grid_y, config.grid_z}, config.block_x, config.shared_bytes, cluster};
+    const std::string sentence = run(kernel, shape, args);
+    if (!sentence.empty())
+        return refuse(CUDA_ERROR_LAUNCH_FAILED, std::string(kernel.name) + ": " + sentence);
+    return CUDA_SUCCESS;
+}
+
+} // namespace
+
 EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction function, void **arguments, void **extra) {
     BEGIN(cuLaunchKernelEx);
     const Kernel &kernel = *reinterpret_cast<const Kernel *>(function);
@@ -386,26 +403,22 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction functi
     const std::string wrong = extra ? "a launch with 'extra'" : objection(kernel, *config);
     if (!wrong.empty())
         return refuse(CUDA_ERROR_INVALID_VALUE, std::string(kernel.name) + ": " + wrong);
-    {
-        const std::lock_guard<std::mutex> lock(state().mutex);
-        state().launched += std::string(kernel.name) + "\n";
-    }
-    // The launch keeps a copy of its arguments, and tensor maps in it are aligned.
-    std::vector<char> copy(kernel.args_bytes + 128);
-    void *args = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(copy.data()) + 127) / 128 * 128);
-    std::memcpy(args, arguments[0], kernel.args_bytes);
-    const Shape shape = {
-        {config->grid_x, config->grid_y, config->grid_z}, config->block_x, config->shared_bytes, cluster_of(*config)};
-    const std::string sentence = run(kernel, shape, args);
-    if (!sentence.empty())
-        return refuse(CUDA_ERROR_LAUNCH_FAILED, std::string(kernel.name) + ": " + sentence);
-    return CUDA_SUCCESS;
+    // The launch keeps a copy of its arguments.
+    const char *given = static_cast<const char *>(arguments[0]);
+    const auto work = [&kernel, config = *config, cluster = cluster_of(*config),
+                       kept = std::vector<char>(given, given + kernel.args_bytes)] {
+        return run_now(kernel, config, cluster, kept);
+    };
+    return captured(config->stream, work) ? CUDA_SUCCESS : work();
 }
 
-EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream) {
+EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t bytes, CUstream stream) {
     BEGIN(cuMemsetD8Async);
-    std::memset(reinterpret_cast<void *>(to), value, bytes);
-    return CUDA_SUCCESS;
+    const auto work = [=] {
+        std::memset(reinterpret_cast<void *>(to), value, bytes);
+        return CUDA_SUCCESS;
+    };
+    return captured(stream, work) ? CUDA_SUCCESS : work();
 }
 
 EXPORT CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *config) {

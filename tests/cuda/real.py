@@ -1,0 +1,105 @@
+"""Arrays on a real GPU for the tests (PYROUTE_TEST_DEVICE=real): the driver's own memory and nothing else.
+
+Every array lies between two bands of known bytes, and a kernel that writes into one is found as on the emulated GPU.
+Copies wait for all kernels before them. With PYROUTE_CUDA_DRIVER naming the emulator all of this runs on that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any
+
+import numpy as np
+
+POISON = 0x7F
+BAND = 512
+
+_driver: Any = None
+
+
+def driver() -> Any:
+    """libcuda with the first GPU's own context current."""
+    global _driver
+    if _driver is None:
+        loaded = ctypes.CDLL(os.environ.get("PYROUTE_CUDA_DRIVER") or "libcuda.so.1")
+        call(loaded.cuInit, 0)
+        context = ctypes.c_void_p()
+        call(loaded.cuDevicePrimaryCtxRetain, ctypes.byref(context), 0)
+        call(loaded.cuCtxSetCurrent, context)
+        _driver = loaded
+    return _driver
+
+
+def call(entry_point: Any, *arguments: Any) -> None:
+    if result := entry_point(*arguments):
+        raise RuntimeError(f"{entry_point.__name__}: CUDA error {result}")
+
+
+def why_no_gpu() -> str | None:
+    try:
+        driver()
+    except (OSError, RuntimeError) as error:
+        return f"no GPU: {error}"
+    return None
+
+
+def write(address: int, array: np.ndarray) -> None:
+    call(driver().cuMemcpyHtoD_v2, ctypes.c_uint64(address), ctypes.c_void_p(array.ctypes.data), _size(array.nbytes))
+
+
+def read(address: int, num_bytes: int) -> bytes:
+    """The bytes, once every kernel has ended."""
+    call(driver().cuCtxSynchronize)
+    bytes_ = ctypes.create_string_buffer(max(num_bytes, 1))
+    call(driver().cuMemcpyDtoH_v2, bytes_, ctypes.c_uint64(address), _size(num_bytes))
+    return bytes_.raw[:num_bytes]
+
+
+def _size(num_bytes: int) -> ctypes.c_size_t:
+    return ctypes.c_size_t(num_bytes)
+
+
+class Region:
+    """One allocation; ``num_bytes`` of it are used and the rest must stay poison."""
+
+    def __init__(self, num_bytes: int, alignment: int):
+        before = BAND if alignment >= 256 else BAND + (-num_bytes % 256) // alignment * alignment
+        self.num_bytes, self.total = num_bytes, before + num_bytes + BAND
+        self.base = ctypes.c_uint64()
+        call(driver().cuMemAlloc_v2, ctypes.byref(self.base), _size(self.total))
+        call(driver().cuMemsetD8_v2, self.base, ctypes.c_ubyte(POISON), _size(self.total))
+        self.address = self.base.value + before
+
+    def check(self) -> None:
+        end = self.address + self.num_bytes
+        bands = read(self.base.value, self.address - self.base.value) + read(end, self.base.value + self.total - end)
+        if bands.strip(bytes([POISON])):
+            raise AssertionError(f"a kernel wrote around an array of {self.num_bytes} bytes")
+
+    def __del__(self) -> None:
+        if self.base.value:
+            driver().cuMemFree_v2(self.base)
+
+
+class RealMemory:
+    """The allocator, as tests/cuda/emulated.py has one."""
+
+    device = 0
+
+    def __init__(self) -> None:
+        self.regions: list[Region] = []
+
+    def allocate(self, num_bytes: int, alignment: int = 256) -> tuple[int, Any]:
+        region = Region(num_bytes, alignment)
+        self.regions.append(region)
+        return region.address, region
+
+    def stream(self) -> int:
+        return 0
+
+    def check(self) -> None:
+        """Nothing around any array was written; then the memory is forgotten, and goes with its last array."""
+        for region in self.regions:
+            region.check()
+        self.regions.clear()
