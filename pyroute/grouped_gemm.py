@@ -6,6 +6,7 @@ from typing import Any
 
 from . import _backend, _check
 from ._array import grouped_gemm as _array
+from ._device import grouped_gemm as _device
 from .quantization import Fp8Array
 
 Array = Any
@@ -74,6 +75,8 @@ def grouped_gemm(
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm(_native(a), _native(b), offsets, out, _check.DTYPE_NAMES[out.dtype], False)
+        case "cuda":
+            _device.grouped_gemm(a, b, offsets, out, False)
         case _:
             _array.grouped_gemm(_backend.array_module(out), a, b, offsets, out)
     return out
@@ -118,6 +121,8 @@ def grouped_gemm_dgrad(
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm(_native(grad_out), _native(b), offsets, out, _check.DTYPE_NAMES[out.dtype], True)
+        case "cuda":
+            _device.grouped_gemm(grad_out, b, offsets, out, True)
         case _:
             _array.grouped_gemm_dgrad(_backend.array_module(out), grad_out, b, offsets, out)
     return out
@@ -180,6 +185,8 @@ def grouped_gemm_wgrad(
     match chosen:
         case "cpu":
             _backend.core.grouped_gemm_wgrad(_native(grad_out), _native(a), offsets, out, accumulate)
+        case "cuda":
+            _device.grouped_gemm_wgrad(grad_out, a, offsets, out, accumulate)
         case _:
             _array.grouped_gemm_wgrad(_backend.array_module(out), grad_out, a, offsets, out, accumulate)
     return out

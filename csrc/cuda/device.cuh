@@ -16,6 +16,7 @@
 #include "emulator/device.h"
 
 #include "emulator/conversions.h"
+#define PYROUTE_UNROLL_BY(count)
 #else
 
 #define PYROUTE_DEVICE __device__ __forceinline__
@@ -33,6 +34,8 @@
     char *const name = reinterpret_cast<char *>(pyroute_dynamic_shared)
 
 #define PYROUTE_UNROLL _Pragma("unroll")
+#define PYROUTE_PRAGMA(text) _Pragma(#text)
+#define PYROUTE_UNROLL_BY(count) PYROUTE_PRAGMA(unroll count)
 
 namespace pyroute::cuda {
 

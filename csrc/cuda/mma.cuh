@@ -21,7 +21,7 @@
 
 namespace pyroute::cuda {
 
-PYROUTE_DEVICE uint32_t shared_address(const void *shared) {
+PYROUTE_DEVICE uint32_t address_in_shared(const void *shared) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(shared));
 }
 
@@ -32,14 +32,14 @@ PYROUTE_DEVICE uint32_t shared_address(const void *shared) {
 PYROUTE_DEVICE void copy_async_16(void *to, const void *from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                  :
-                 : "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
+                 : "r"(address_in_shared(to)), "l"(from), "r"(valid ? 16 : 0)
                  : "memory");
 }
 // The same for 4 bytes, through the first-level cache.
 PYROUTE_DEVICE void copy_async_4(void *to, const void *from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;"
                  :
-                 : "r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0)
+                 : "r"(address_in_shared(to)), "l"(from), "r"(valid ? 4 : 0)
                  : "memory");
 }
 // Ends a group: this thread's copies since the last end, possibly none.
@@ -57,14 +57,14 @@ template <int pending> PYROUTE_DEVICE void wait_copies() {
 PYROUTE_DEVICE void load_matrices(uint32_t (&d)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(shared_address(row))
+                 : "r"(address_in_shared(row))
                  : "memory");
 }
 // Transposed as matrices of 8 x 8 items of 2 bytes: d[m] is item r of row 2q (lower half) and of row 2q + 1.
 PYROUTE_DEVICE void load_matrices_transposed(uint32_t (&d)[4], const void *row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-                 : "r"(shared_address(row))
+                 : "r"(address_in_shared(row))
                  : "memory");
 }
 

@@ -1,9 +1,83 @@
+#include "cuda/grouped_gemm.h"
 #include "bindings/cuda/pointers.h"
+
+#include <tuple>
+
+#include <pybind11/stl.h>
 
 namespace pyroute::cuda {
 
 void bind_grouped_gemm(py::module_ &module);
 
-void bind_grouped_gemm(py::module_ & /*module*/) {}
+namespace {
+
+// (address, type, address of scales or 0, rows of scales of one matrix, block rows, block cols, whether blocks restart)
+using OperandTuple = std::tuple<uintptr_t, int, uintptr_t, int64_t, int64_t, int64_t, bool>;
+
+GemmOperand operand(const OperandTuple &tuple) {
+    GemmOperand o = {};
+    o.data = pointer<const void>(std::get<0>(tuple));
+    o.type = static_cast<ElementType>(std::get<1>(tuple));
+    o.scales = pointer<const float>(std::get<2>(tuple));
+    o.scale_rows = std::get<3>(tuple);
+    o.block_rows = std::get<4>(tuple);
+    o.block_cols = std::get<5>(tuple);
+    return o;
+}
+bool restarts(const OperandTuple &tuple) { return std::get<6>(tuple); }
+
+GroupedGemmArgs forward_args(const OperandTuple &a, const OperandTuple &b, uintptr_t expert_offsets, uintptr_t out,
+                             int out_type, int64_t num_rows, int64_t num_experts, int64_t n, int64_t k) {
+    return {operand(a),
+            operand(b),
+            pointer<const int64_t>(expert_offsets),
+            pointer<void>(out),
+            static_cast<ElementType>(out_type),
+            num_rows,
+            num_experts,
+            n,
+            k};
+}
+
+GroupedGemmWgradArgs wgrad_args(const OperandTuple &grad_out, const OperandTuple &a, uintptr_t expert_offsets,
+                                uintptr_t out, bool accumulate, int64_t num_rows, int64_t num_experts, int64_t n,
+                                int64_t k) {
+    return {operand(grad_out),   operand(a), pointer<const int64_t>(expert_offsets),
+            pointer<float>(out), accumulate, num_rows,
+            num_experts,         n,          k};
+}
+
+} // namespace
+
+void bind_grouped_gemm(py::module_ &module) {
+    module.def("grouped_gemm_workspace", [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b,
+                                            int out_type, int64_t num_rows, int64_t num_experts, int64_t n, int64_t k,
+                                            bool transposed) {
+        return grouped_gemm_workspace(stream_of(device, stream),
+                                      forward_args(a, b, 0, 0, out_type, num_rows, num_experts, n, k), transposed);
+    });
+    module.def("grouped_gemm", [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b,
+                                  uintptr_t expert_offsets, uintptr_t out, int out_type, int64_t num_rows,
+                                  int64_t num_experts, int64_t n, int64_t k, bool transposed, uintptr_t workspace) {
+        const GroupedGemmArgs args = forward_args(a, b, expert_offsets, out, out_type, num_rows, num_experts, n, k);
+        const auto run = transposed ? grouped_gemm_dgrad : grouped_gemm;
+        run(stream_of(device, stream), args, {restarts(a), false}, pointer<void>(workspace));
+    });
+    module.def("grouped_gemm_wgrad_workspace", [](int device, uintptr_t stream, const OperandTuple &grad_out,
+                                                  const OperandTuple &a, bool accumulate, int64_t num_rows,
+                                                  int64_t num_experts, int64_t n, int64_t k) {
+        return grouped_gemm_wgrad_workspace(stream_of(device, stream),
+                                            wgrad_args(grad_out, a, 0, 0, accumulate, num_rows, num_experts, n, k));
+    });
+    module.def("grouped_gemm_wgrad",
+               [](int device, uintptr_t stream, const OperandTuple &grad_out, const OperandTuple &a,
+                  uintptr_t expert_offsets, uintptr_t out, bool accumulate, int64_t num_rows, int64_t num_experts,
+                  int64_t n, int64_t k, uintptr_t workspace) {
+                   const GroupedGemmWgradArgs args =
+                       wgrad_args(grad_out, a, expert_offsets, out, accumulate, num_rows, num_experts, n, k);
+                   grouped_gemm_wgrad(stream_of(device, stream), args, {restarts(a), restarts(grad_out)},
+                                      pointer<void>(workspace));
+               });
+}
 
 } // namespace pyroute::cuda

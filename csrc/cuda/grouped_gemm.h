@@ -1,0 +1,26 @@
+// Grouped GEMM on the GPU: the launchers. Every one queues work on the stream and returns.
+//
+// Which kernel computes a product follows from its types, sizes and alignment alone, never from how many rows an expert
+// has, where two kernels would give different bytes: a row's bytes do not depend on its batch.
+#pragma once
+
+#include "../grouped_gemm.h"
+#include "cuda/launch.h"
+
+namespace pyroute::cuda {
+
+// Whether the scale blocks of the operands that hold rows restart at the segments. Then expert_block_starts is made
+// here, from expert_offsets.
+struct Restarts {
+    bool a = false, grad_out = false;
+};
+
+// Bytes of the workspace, at an address that is a multiple of 256.
+size_t grouped_gemm_workspace(const Stream &stream, const GroupedGemmArgs &args, bool transposed);
+size_t grouped_gemm_wgrad_workspace(const Stream &stream, const GroupedGemmWgradArgs &args);
+
+void grouped_gemm(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace);
+void grouped_gemm_dgrad(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace);
+void grouped_gemm_wgrad(const Stream &stream, GroupedGemmWgradArgs args, Restarts restarts, void *workspace);
+
+} // namespace pyroute::cuda

@@ -1,0 +1,63 @@
+"""Grouped GEMM on a GPU: outputs, workspaces and what csrc/bindings/cuda/grouped_gemm.cpp takes apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .. import _check
+from . import arrays
+
+Array = Any
+Operand = Any  # an array or an Fp8Array
+
+_TYPES = {"float32": 0, "bfloat16": 1, "e4m3": 2, "e5m2": 3}  # ElementType in csrc/grouped_gemm.h
+
+
+def _cuda() -> Any:
+    from .. import _cuda
+
+    return _cuda
+
+
+def _native(x: Operand) -> tuple[Any, ...]:
+    """Address, type, address of scales, rows of scales of one matrix, their block, whether blocks restart."""
+    if not hasattr(x, "codes"):
+        return (arrays.pointer(x), _TYPES[_check.DTYPE_NAMES[x.dtype]], 0, 0, 1, 1, False)
+    restarts = x.expert_offsets is not None
+    return (arrays.pointer(x.codes), _TYPES[x.format], arrays.pointer(x.scales), x.scales.shape[-2], *x.block, restarts)
+
+
+def grouped_gemm(a: Operand, b: Operand, expert_offsets: Array, out: Array, transposed: bool) -> None:
+    """Rows of ``a`` times their experts' ``b``, or with ``transposed`` times ``b`` transposed (dgrad), into ``out``."""
+    place = arrays.place(out)
+    operands = (_native(a), _native(b))
+    out_type = _TYPES[_check.DTYPE_NAMES[out.dtype]]
+    sizes = (a.shape[0], *b.shape)
+    workspace = arrays.workspace(out, _cuda().grouped_gemm_workspace(*place, *operands, out_type, *sizes, transposed))
+    _cuda().grouped_gemm(
+        *place,
+        *operands,
+        arrays.pointer(expert_offsets),
+        arrays.pointer(out),
+        out_type,
+        *sizes,
+        transposed,
+        arrays.pointer(workspace),
+    )
+
+
+def grouped_gemm_wgrad(grad_out: Operand, a: Operand, expert_offsets: Array, out: Array, accumulate: bool) -> None:
+    """``grad_out[segment e].T @ a[segment e]``, into or onto ``out`` [E, N, K] float32."""
+    place = arrays.place(out)
+    operands = (_native(grad_out), _native(a))
+    sizes = (a.shape[0], *out.shape)
+    workspace = arrays.workspace(out, _cuda().grouped_gemm_wgrad_workspace(*place, *operands, accumulate, *sizes))
+    _cuda().grouped_gemm_wgrad(
+        *place,
+        *operands,
+        arrays.pointer(expert_offsets),
+        arrays.pointer(out),
+        accumulate,
+        *sizes,
+        arrays.pointer(workspace),
+    )
