@@ -59,7 +59,7 @@ struct LaunchConfig {
     uint32_t num_attributes;
 };
 
-struct alignas(64) TensorMap { // CUtensorMap
+struct alignas(128) TensorMap { // CUtensorMap: aligned to 64 bytes until CUDA 12, to 128 since
     uint64_t opaque[16];
 };
 

@@ -356,7 +356,7 @@ int most_active_clusters(const Stream &stream, const char *room, const char *ker
 }
 
 TensorMap tensor_map(const Stream &stream, const TensorMapShape &shape) {
-    static_assert(sizeof(TensorMap) == sizeof(driver::TensorMap) && alignof(TensorMap) == alignof(driver::TensorMap));
+    static_assert(sizeof(TensorMap) == sizeof(driver::TensorMap));
     constexpr driver::TensorMapType types[] = {driver::map_uint8, driver::map_bfloat16, driver::map_float32};
     constexpr driver::TensorMapSwizzle swizzles[] = {driver::swizzle_none, driver::swizzle_32b, driver::swizzle_64b,
                                                      driver::swizzle_128b};
