@@ -29,7 +29,7 @@ void descriptors() {
         check((d >> 16 & 0x3fff) << 4 == panel_bytes && (d >> 32 & 0x3fff) << 4 == 1024, "strides");
         check((d >> 49 & 7) == 0 && d >> 62 == 1, "base offset and swizzle");
         if (address + 32 < most_shared)
-            check(d + descriptor_step == matrix_descriptor(address + 32, panel_bytes), "a step of 32 bytes");
+            check(descriptor_at(d, step_bytes) == matrix_descriptor(address + 32, panel_bytes), "a step of 32 bytes");
     }
     check(matrix_descriptor(0x7000400, 16) == matrix_descriptor(0x400 + (0x7000000 & 0x3ffff), 16),
           "only the window's bits");

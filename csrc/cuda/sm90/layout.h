@@ -19,7 +19,7 @@ constexpr uint32_t panel_rows = 64;      // of a warpgroup; rows of the products
 constexpr uint32_t panel_bytes = 8192;   // 64 rows of 128 bytes
 constexpr uint32_t most_shared = 232448; // dynamic shared memory of a block on sm_90
 constexpr uint32_t warpgroup = 128;      // threads
-constexpr uint32_t descriptor_step = 2;  // 32 bytes, the depth of one product, in a descriptor's units of 16
+constexpr uint32_t step_bytes = 32;      // depth of one product along a row
 constexpr int32_t scale_block = 128;     // elements of the contraction between two additions to the totals
 
 // Where byte `offset` of a tile with rows of 128 bytes lies: chunks of 16 bytes are permuted within each row.
@@ -30,6 +30,11 @@ PYROUTE_BOTH uint32_t swizzled(uint32_t offset) { return offset ^ ((offset >> 7 
 PYROUTE_BOTH uint64_t matrix_descriptor(uint32_t address, uint32_t leading) {
     return uint64_t{(address & 0x3ffff) >> 4} | uint64_t{leading >> 4} << 16 | uint64_t{group_bytes >> 4} << 32 |
            uint64_t{1} << 62;
+}
+
+// The descriptor `bytes` further on, within the block's window: one addition, without a carry into the other fields.
+PYROUTE_BOTH uint64_t descriptor_at(uint64_t descriptor, uint32_t bytes) {
+    return (descriptor & 0xffffffff00000000u) | (static_cast<uint32_t>(descriptor) + (bytes >> 4));
 }
 
 // Element i of a thread's sums of a product of 64 rows: its row among the 64 and its column.

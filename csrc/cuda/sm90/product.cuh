@@ -22,47 +22,47 @@ namespace pyroute::cuda::sm90 {
 // d % 4 of the quad that owns the row, those of b in lane d % 32.
 struct BlockScales {
     const float *low, *high, *b;
-    int64_t b_step;
-    int32_t last; // block of depth
+    uint32_t b_step, last; // block of depth
     float low_now, high_now, b_now, low_next, high_next, b_next;
 
     PYROUTE_DEVICE BlockScales(const ProductArgs &args, const Tile &tile, int32_t col_block, int32_t row) {
         const int32_t blocks = divide_up(args.depth, scale_block);
-        last = blocks - 1;
+        last = static_cast<uint32_t>(blocks - 1);
         low = args.a_scales + int64_t{min_of(tile.row + row, args.rows - 1)} * blocks;
         high = args.a_scales + int64_t{min_of(tile.row + row + 8, args.rows - 1)} * blocks;
         b = args.b_scales + tile.expert * args.b_scale_expert + col_block * args.b_scale_col;
-        b_step = args.b_scale_depth;
+        b_step = static_cast<uint32_t>(args.b_scale_depth);
         load_rows(0);
         load_cols(0);
         take_rows(4);
         take_cols(32);
     }
     // The factors of block d for rows `row` and row + 8; called for every d in turn.
-    PYROUTE_DEVICE FloatPair factors(int32_t d) {
-        const float scale = shuffle(b_now, static_cast<uint32_t>(d & 31));
-        const uint32_t lane = (lane_id() & 28) | static_cast<uint32_t>(d & 3);
+    PYROUTE_DEVICE FloatPair factors(uint32_t d) {
+        const float scale = shuffle(b_now, d & 31);
+        const uint32_t lane = (lane_id() & 28) | (d & 3);
         const FloatPair pair = {shuffle(low_now, lane) * scale, shuffle(high_now, lane) * scale};
-        if ((d & 3) == 3)
+        if ((d & 3) == 3) {
             take_rows(d + 5);
-        if ((d & 31) == 31)
-            take_cols(d + 33);
+            if ((d & 31) == 31)
+                take_cols(d + 33);
+        }
         return pair;
     }
 
   private:
-    PYROUTE_DEVICE void load_rows(int32_t d) {
-        const int32_t block = min_of(d + static_cast<int32_t>(lane_id() & 3), last);
+    PYROUTE_DEVICE void load_rows(uint32_t d) {
+        const uint32_t block = min_of(d + (lane_id() & 3), last);
         low_next = low[block];
         high_next = high[block];
     }
-    PYROUTE_DEVICE void load_cols(int32_t d) { b_next = b[min_of(d + static_cast<int32_t>(lane_id()), last) * b_step]; }
-    PYROUTE_DEVICE void take_rows(int32_t following) {
+    PYROUTE_DEVICE void load_cols(uint32_t d) { b_next = b[uint64_t{min_of(d + lane_id(), last)} * b_step]; }
+    PYROUTE_DEVICE void take_rows(uint32_t following) {
         low_now = low_next;
         high_now = high_next;
         load_rows(following);
     }
-    PYROUTE_DEVICE void take_cols(int32_t following) {
+    PYROUTE_DEVICE void take_cols(uint32_t following) {
         b_now = b_next;
         load_cols(following);
     }
@@ -143,15 +143,15 @@ template <const ProductShape &S, int Sums>
 PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
     const uint64_t a_start = matrix_descriptor(a, 16);
     const uint64_t b_start = matrix_descriptor(b, S.transposed_b ? panel_bytes : 16);
-    constexpr uint32_t b_step = S.transposed_b ? 2 * group_bytes / 16 : descriptor_step; // 16 rows of depth, 32 bytes
+    constexpr uint32_t b_step = S.transposed_b ? 2 * group_bytes : step_bytes; // 16 rows of depth, or 32 bytes
     matrix_fence();
     PYROUTE_UNROLL
     for (uint32_t k = 0; k < 4; ++k) {
+        const uint64_t a_now = descriptor_at(a_start, k * step_bytes), b_now = descriptor_at(b_start, k * b_step);
         if constexpr (S.element == Element::e4m3)
-            multiply_e4m3(sums, a_start + k * descriptor_step, b_start + k * b_step, add || k > 0);
+            multiply_e4m3(sums, a_now, b_now, add || k > 0);
         else
-            multiply_bf16<false, S.transposed_b>(sums, a_start + k * descriptor_step, b_start + k * b_step,
-                                                 add || k > 0);
+            multiply_bf16<false, S.transposed_b>(sums, a_now, b_now, add || k > 0);
     }
     matrix_commit();
     matrix_wait<0>();
@@ -201,7 +201,7 @@ PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared
                                   shared + plan.b(0) + ring.stage * plan.b_bytes, !scaled && (i & 1));
                 release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
                 if constexpr (scaled) {
-                    const FloatPair factor = scales.factors(i);
+                    const FloatPair factor = scales.factors(static_cast<uint32_t>(i));
                     PYROUTE_UNROLL
                     for (int s = 0; s < num_sums; ++s)
                         totals[s] = fmaf(s & 2 ? factor.y : factor.x, sums[s], totals[s]);

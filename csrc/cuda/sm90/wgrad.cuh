@@ -87,12 +87,13 @@ PYROUTE_DEVICE void clear_rows(SharedAddress a, SharedAddress b, uint32_t valid)
 
 // A stage of bfloat16, both operands with their rows along the depth: four products, 16 rows each.
 PYROUTE_DEVICE void multiply_along_rows(float (&sums)[64], SharedAddress a, SharedAddress b, bool add) {
-    constexpr uint32_t step = 2 * group_bytes / 16;
+    constexpr uint32_t step = 2 * group_bytes; // 16 rows
     const uint64_t a_start = matrix_descriptor(a, panel_bytes), b_start = matrix_descriptor(b, panel_bytes);
     matrix_fence();
     PYROUTE_UNROLL
     for (uint32_t k = 0; k < 4; ++k)
-        multiply_bf16<true, true>(sums, a_start + k * step, b_start + k * step, add || k > 0);
+        multiply_bf16<true, true>(sums, descriptor_at(a_start, k * step), descriptor_at(b_start, k * step),
+                                  add || k > 0);
     matrix_commit();
     matrix_wait<0>();
 }
