@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import shapes
 
 import pyroute
+from pyroute.bench.suite import shapes
 
 MODEL = "deepseek-v2-lite"
 KINDS = ["float32", "bfloat16", "fp8"]

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import shapes
 
 import pyroute
+from pyroute.bench.suite import shapes
 
 MODEL = "deepseek-v2-lite"
 # weights, rows, quantised activations, largest relative distance of a row from float64

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import shapes
 
 import pyroute
+from pyroute.bench.suite import shapes
 
 MODEL, TOKENS = "olmoe", 4096
 TYPES = ["float32", "bfloat16"]

@@ -1,9 +1,9 @@
 """FP8: activations in 1x128 blocks and weights in 128x128 blocks, there and back; DeepSeek-V3's hidden size."""
 
 import pytest
-import shapes
 
 import pyroute
+from pyroute.bench.suite import shapes
 
 MODEL, TOKENS = "deepseek-v3", 4096
 

@@ -12,11 +12,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import records
-import shapes
 
 import pyroute
 from pyroute.bench.limits import measure_limits
+from pyroute.bench.suite import records, shapes
 
 lines_key = pytest.StashKey[list]()
 

@@ -15,16 +15,13 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import harness
 import numpy as np
-import options
-import records
-import report
 import scaling_cases as cases
-from peers import Work
 
 import pyroute
 from pyroute.bench.limits import Limits, measure_limits
+from pyroute.bench.suite import harness, options, records, report
+from pyroute.bench.suite.peers import Work
 from pyroute.bench.terminal import UsageError, duration, progress, write_json
 
 PARTS = ("growth", "threads", "loads", "sizes")
@@ -177,11 +174,14 @@ def show(lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     description = __doc__.splitlines()[0]
-    parser = options.parser("scaling.py", description, rounds=7, quick="three points an axis, one sample each")
+    parser = argparse.ArgumentParser(prog="scaling.py", description=description)
+    options.add_measuring(parser, quick="three points an axis, one sample each")
+    parser.add_argument("--json", metavar="FILE", help="write the results, - for standard output")
     parser.add_argument("--parts", default="", help=f"some of {','.join(PARTS)}")
     parser.add_argument("--ops", default="", help=f"some of {','.join(cases.BUILD)}")
     parser.add_argument("--plot", metavar="FOLDER", help="draw scaling_<op>.png there")
-    args = options.check(parser.parse_args(argv), quick_rounds=1)
+    args = parser.parse_args(argv)
+    options.check(args, rounds=7, quick_rounds=1)
     args.parts = options.some_of("--parts", args.parts, PARTS)
     args.ops = options.some_of("--ops", args.ops, tuple(cases.BUILD))
     return args

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
-import shapes
-from peers import Work
 
 import pyroute
+from pyroute.bench.suite import shapes
+from pyroute.bench.suite.peers import Work
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 LOADS = ("balanced", "zipf", "one-hot")

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import records
-
+from pyroute.bench.suite import records
 from pyroute.bench.terminal import duration
 
 Line = dict[str, Any]

@@ -13,6 +13,7 @@ import sys
 from typing import NoReturn
 
 from . import __version__, presets, set_num_threads
+from .bench.suite import options
 from .bench.terminal import UsageError
 
 
@@ -79,6 +80,10 @@ def build_parser() -> Parser:
     check.add_argument("--seed", metavar="N", type=natural, default=0, help="of the inputs")
     check.set_defaults(run=run_check)
 
+    bench = command("bench", "times of every operation beside the machine's limits, bars and other libraries")
+    options.add_bench(bench)
+    bench.set_defaults(run=run_bench)
+
     cost = command("cost", "what a model costs: operations, memory, device hours and money, with every assumption")
     cost.add_argument("--model", metavar="NAME", default="deepseek-v3", help="a released model (deepseek-v3)")
     cost.add_argument("--training-tokens", metavar="N", type=positive_number, help="tokens to train on (14.8e12)")
@@ -133,6 +138,15 @@ def run_check(args: argparse.Namespace) -> int:
     if console:
         check.show(console, report)
     return 0 if report["passed"] else 1
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from .bench import terminal
+    from .bench.suite.run import bench
+
+    if args.json != "-":
+        terminal.report_console()  # raises before anything is measured if nothing could be shown
+    return bench(args)
 
 
 def run_cost(args: argparse.Namespace) -> int:

@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pyroute.__main__ import main
+
 BENCHES = Path(__file__).resolve().parent.parent / "benches"
 pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="needs the source tree")
+pytest.importorskip("rich")
 
 FAKE = """
 import os
 from pathlib import Path
-from peers import Work, column
+from pyroute.bench.suite.peers import Work, column
 import pyroute
 NAME = "fake"
 HERE = Path(__file__).parent
@@ -67,9 +70,8 @@ def does_not_apply(p):
 def benches(monkeypatch):
     """The modules of benches/, importable and with instant limits."""
     monkeypatch.syspath_prepend(str(BENCHES))
-    import compare
-    import harness
-    import peers
+    from pyroute.bench.suite import harness, peers
+    from pyroute.bench.suite import run as suite
 
     class Limits:
         threads = 1
@@ -78,16 +80,16 @@ def benches(monkeypatch):
             rates = {"fma_gflops": 100.0, "read_gbs": 10.0, "write_gbs": 10.0, "copy_gbs": 20.0}
             return {**rates, "isa": "avx2", "threads": 1, "steadiness": 1.0}
 
-    monkeypatch.setattr(compare, "measure_limits", lambda quick: Limits())
+    monkeypatch.setattr(suite, "measure_limits", lambda quick: Limits())
     monkeypatch.setattr(harness, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(harness, "SAMPLE_SECONDS", 0.0)
-    return compare, peers
+    return peers
 
 
 @pytest.fixture
 def fake(benches, tmp_path, monkeypatch):
     """``fake(fault)``: the outcome of the gate rows with a peer whose last column breaks with the fault."""
-    compare, peers = benches
+    peers = benches
 
     def run(fault, *options):
         source = FAKE.replace("FAULT", fault)
@@ -97,7 +99,7 @@ def fake(benches, tmp_path, monkeypatch):
         peer = load(peers, name)
         monkeypatch.setattr(peers, "load", lambda names=(): iter([peers.load_one("ours"), peer]))
         path = tmp_path / "out.json"
-        code = compare.main(["--quick", "--rows", "gate", "--case", "mixtral", "--json", str(path), *options])
+        code = main(["bench", "gate", "--quick", "--peers", "--case", "mixtral", "--json", str(path), *options])
         return code, json.loads(path.read_text())["lines"]
 
     return run
@@ -160,7 +162,7 @@ def test_an_interrupted_run_keeps_what_was_measured(fake, capsys):
 
 
 def test_records_are_appended(fake, tmp_path, monkeypatch):
-    import records
+    from pyroute.bench.suite import records
 
     path = tmp_path / "machine.jsonl"
     monkeypatch.setattr(records, "machine_file", lambda: path)
@@ -174,24 +176,22 @@ def test_records_are_appended(fake, tmp_path, monkeypatch):
 
 
 def test_a_peer_that_is_not_there_has_a_reason(benches):
-    _, peers = benches
+    peers = benches
     peer = peers.load_one("not_there")
     assert peer.columns == ()
     assert "ModuleNotFoundError" in peer.problem
 
 
 def test_every_row_runs_without_peers(benches, capsys):
-    compare, _ = benches
-    assert compare.main(["--quick"]) == 0
+    assert main(["bench", "--quick"]) == 0
     printed = capsys.readouterr().out
     assert "wrong answer" not in printed
     assert "failed" not in printed
 
 
-@pytest.mark.parametrize("argv", [["--rows", "nothing"], ["--rounds", "0"], ["--threads", "-1"]])
+@pytest.mark.parametrize("argv", [["nothing"], ["--rounds", "0"], ["--threads", "-1"]])
 def test_bad_arguments_are_one_sentence(benches, argv, capsys):
-    compare, _ = benches
-    assert compare.main(argv) == 2
+    assert main(["bench", *argv]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
@@ -199,8 +199,7 @@ def test_bad_arguments_are_one_sentence(benches, argv, capsys):
 
 @pytest.mark.parametrize("damage", ["a row exchanged", "one element", "not finite"])
 def test_wrong_answers_are_found(benches, damage):
-    import problems
-    import shapes
+    from pyroute.bench.suite import problems, shapes
 
     p = problems.prefill("gemm", shapes.small(shapes.shape("deepseek-v2-lite", 64)))
     w = p.w8.dequantize()
@@ -217,7 +216,7 @@ def test_wrong_answers_are_found(benches, damage):
 
 
 def test_one_bad_row_among_many_counts_in_full(benches):
-    import problems
+    from pyroute.bench.suite import problems
 
     exact = np.random.default_rng(1).normal(size=(4096, 64))
     rows = exact.copy()
@@ -231,7 +230,7 @@ LIMITS = (1.0, 1.0, 1.0, 1.0)  # unused where a column gives the rate
 
 
 def test_bars_of_bandwidth_compare_medians_of_one_run(benches):
-    import bars
+    from pyroute.bench.suite import bars
 
     bar = bars.share("pyroute", "copy", 0.9)
     assert bar.text == "pyroute : copy bandwidth"
@@ -278,8 +277,14 @@ def test_the_summary_shows_the_latest_line_beside_its_peer(benches, tmp_path, ca
 
 
 def test_of_several_peers_the_fastest_counts(benches):
-    import bars
+    from pyroute.bench.suite import bars
 
     bar = bars.faster("pyroute", ("slow", "fast", "missing"), 2)
     assert bar.value(bars.Measured({"pyroute": 1.0, "slow": 9.0, "fast": 1.5}, *LIMITS), None) == 1.5
     assert not bar.met(1.5)
+
+
+def test_the_command_line_knows_the_rows_of_the_table(benches):
+    from pyroute.bench.suite import bars, options
+
+    assert tuple(dict.fromkeys(case.row for case in bars.cases())) == options.ROWS

@@ -15,8 +15,9 @@ pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="needs the source t
 @pytest.fixture
 def scaling(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHES))
-    import harness
     import scaling
+
+    from pyroute.bench.suite import harness
 
     monkeypatch.setattr(harness, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(harness, "SAMPLE_SECONDS", 0.0)

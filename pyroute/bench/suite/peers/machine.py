@@ -6,9 +6,10 @@ from __future__ import annotations
 import numpy as np
 
 import pyroute
-from peers import Work, column
-from peers.ours import set_threads
 from pyroute import _backend
+
+from . import Work, column
+from .ours import set_threads
 
 NAME = "machine"
 __all__ = ["NAME", "set_threads", "version"]

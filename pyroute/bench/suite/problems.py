@@ -11,9 +11,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import shapes
 
 import pyroute
+
+from . import shapes
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -98,7 +99,7 @@ class Move(Problem):
         self.written = (self.rows if op == "permute" else self.x).nbytes
 
     @functools.cached_property
-    def exact(self) -> np.ndarray:
+    def exact(self) -> Any:
         """The float64 answer for every 64th token (or row)."""
         if self.op == "permute":
             return self.rows[::64].astype(np.float64)
@@ -132,7 +133,7 @@ class Quantize(Problem):
 
 
 @functools.lru_cache(maxsize=2)
-def expert_weights(num_experts: int, outer: int, inner: int) -> pyroute.Fp8Array:
+def expert_weights(num_experts: int, outer: int, inner: int) -> Any:
     return shapes.weights(num_experts, outer, inner, "fp8")
 
 
@@ -166,7 +167,7 @@ class Gemm(Problem):
         self.used = int(np.count_nonzero(counts))
 
     @property
-    def w8(self) -> pyroute.Fp8Array:
+    def w8(self) -> Any:
         return expert_weights(*self.sizes)
 
     @property
@@ -187,7 +188,7 @@ class Gemm(Problem):
         return [(int(r), int(np.searchsorted(self.offsets, r, side="right")) - 1) for r in rows]
 
     @functools.cached_property
-    def exact(self) -> np.ndarray:
+    def exact(self) -> Any:
         if self.op == "wgrad":  # eight rows of the first expert's gradient
             segment = slice(self.offsets[0], self.offsets[1])
             return self.grad[segment, :8].astype(np.float64).T @ self.a[segment].astype(np.float64)
@@ -227,7 +228,8 @@ class LayerWeights(Problem):
         """gate_up and down as "fp8", "float32" or "bfloat16"."""
         if kind == "fp8":
             return self.gate_up8, self.down8
-        return self.memo(kind, lambda: (_wide(self.gate_up8, kind), _wide(self.down8, kind)))
+        wide: tuple[Any, Any] = self.memo(kind, lambda: (_wide(self.gate_up8, kind), _wide(self.down8, kind)))
+        return wide
 
 
 def _wide(w: pyroute.Fp8Array, kind: str) -> np.ndarray:

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from numba import njit, prange
 
-from peers import Work, column, package_version
+from . import Work, column, package_version
 
 NAME = "numba"
 numba.config.THREADING_LAYER = "omp"  # the same pool as torch and pyroute

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import ggml
 import numpy as np
 
-from peers import Work, column, package_version
+from . import Work, column, package_version
 
 NAME = "ggml"
 TYPES = {"f32": ggml.GGML_TYPE_F32, "f16": ggml.GGML_TYPE_F16, "bf16": ggml.GGML_TYPE_BF16, "q8_0": ggml.GGML_TYPE_Q8_0}
@@ -35,8 +36,8 @@ class Graph:
             mem_size=size, mem_buffer=ctypes.cast(self._memory, ctypes.c_void_p), no_alloc=True
         )
         self.context = ggml.ggml_init(params)
-        self.kept: list = []
-        self.plans: dict[int, object] = {}
+        self.kept: list[Any] = []
+        self.plans: dict[int, Any] = {}
         self.graph = None
 
     def tensor(self, kind: str, shape: tuple[int, ...], data: np.ndarray):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from peers import Work, column
-from peers.torch_eager import gate_work, quantize_e4m3, read_codes, set_threads, tensor, unpermute_work, version
+from . import Work, column
+from .torch_eager import gate_work, quantize_e4m3, read_codes, set_threads, tensor, unpermute_work, version
 
 NAME = "torch.compile"
 __all__ = ["NAME", "set_threads", "version"]

@@ -11,21 +11,21 @@ import argparse
 import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
-import bars
-import harness
-import peers
-import shapes
+from . import bars, harness, peers, shapes
 
 
-def measure(number: int, peer: peers.Peer, columns: Sequence[peers.Column], args: argparse.Namespace):
+def measure(
+    number: int, peer: peers.Peer, columns: Sequence[peers.Column], args: argparse.Namespace
+) -> list[harness.Cell]:
     """Cells of these columns of one peer for the case of that number."""
     names = [column.name for column in columns]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         try:
             return executor.submit(_measure, number, columns[0].module, names, args).result()
         except Exception as error:  # it may also take its process with it
-            failed = {"status": "failed", "note": peers.reason(error), "alone": True}
+            failed: dict[str, Any] = {"status": "failed", "note": peers.reason(error), "alone": True}
             return [harness.Cell(peer.name, peer.version, column.name, column.kind, **failed) for column in columns]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from peers import Work, column
-from peers.torch_eager import array, set_threads, tensor, version
+from . import Work, column
+from .torch_eager import array, set_threads, tensor, version
 
 NAME = "torch"
 __all__ = ["NAME", "set_threads", "version"]

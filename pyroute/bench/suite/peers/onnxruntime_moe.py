@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
-from peers import Work, column, package_version
+from . import Work, column, package_version
 
 NAME = "onnxruntime"
 _threads = 1

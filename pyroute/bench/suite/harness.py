@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 
 import numpy as np
-from peers import Column, Peer, Work, reason
-from problems import TOLERANCES, Problem
 
 import pyroute
 from pyroute import _backend
+
+from .peers import Column, Peer, Work, reason
+from .problems import TOLERANCES, Problem
 
 PAUSE_SECONDS = 0.06
 WAKE_SECONDS = 0.01  # untimed calls after the pause: until a thread has woken a call may take a tick of the scheduler

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import zentorch  # noqa: F401  (registers the operator)
 
-from peers import Work, column, package_version
-from peers.torch_eager import array, set_threads, tensor
+from . import Work, column, package_version
+from .torch_eager import array, set_threads, tensor
 
 NAME = "zentorch"
 __all__ = ["NAME", "set_threads", "version"]

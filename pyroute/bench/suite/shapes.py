@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -57,7 +57,7 @@ def gating(s: Shape) -> pyroute.Gating:
     return pyroute.topk_gating(logits(s), s.config)
 
 
-def weights(num_experts: int, outer: int, inner: int, kind: str):
+def weights(num_experts: int, outer: int, inner: int, kind: str) -> Any:
     """[E, outer, inner] of "float32", "bfloat16" or "fp8": one random matrix, differently scaled for every expert.
 
     Drawing every expert's own would take longer than all benchmarks; times do not depend on the values.

@@ -6,8 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import problems
-import shapes
+from . import problems, shapes
 
 
 class Measured(NamedTuple):
@@ -51,7 +50,7 @@ def share(ours: str, of: str, at_least: float) -> Bar:
 
 def limit_seconds(m: Measured, problem: Any) -> float:
     """The least time for what the problem reads and writes: neither can beat its own limit, whatever the other does."""
-    return max((problem.nbytes - problem.written) / m.read_gbs, problem.written / m.write_gbs) / 1e9
+    return float(max((problem.nbytes - problem.written) / m.read_gbs, problem.written / m.write_gbs)) / 1e9
 
 
 def near_limit(ours: str, at_least: float) -> Bar:
@@ -169,7 +168,3 @@ def cases() -> list[Case]:
         _training(64, experts=8),
         _training(512),
     ]
-
-
-def row_names() -> list[str]:
-    return list(dict.fromkeys(case.row for case in cases()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from peers import Work, column, package_version
+from . import Work, column, package_version
 
 NAME = "torch"
 

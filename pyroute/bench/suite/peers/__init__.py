@@ -42,21 +42,24 @@ class Work(NamedTuple):
     before: Callable[[], object] | None = None  # before each sample, not timed
 
 
+Build = Callable[[Any], "Work | None"]
+
+
 class Column(NamedTuple):
     """A way to do one operation: ``build(problem)`` makes its Work, or returns None where the column does not apply."""
 
     op: str
     name: str
-    build: Callable[[Any], Work | None]
+    build: Build
     kind: str  # what the numbers pass through, for the tolerance: problems.TOLERANCES; "limit": it has none
     module: str
     alone: bool = False  # in a process of its own: its threads go on spinning after a call
 
 
-def column(op: str, name: str, *, kind: str = "float32", alone: bool = False) -> Callable[[Callable], Callable]:
+def column(op: str, name: str, *, kind: str = "float32", alone: bool = False) -> Callable[[Build], Build]:
     """Register a function ``problem -> Work`` as a column of the op's tables."""
 
-    def register(build: Callable[[Any], Work | None]) -> Callable[[Any], Work | None]:
+    def register(build: Build) -> Build:
         module = build.__module__
         _columns.setdefault(module, []).append(Column(op, name, build, kind, module, alone))
         return build

@@ -11,8 +11,8 @@ import torch
 from kt_kernel import kt_kernel_ext
 from kt_kernel.kt_kernel_ext import moe
 
-from peers import Work, column, package_version
-from peers.torch_eager import array, tensor
+from . import Work, column, package_version
+from .torch_eager import array, tensor
 
 NAME = "kt-kernel"
 _threads = 1

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyroute.bench.machine import cores, cpu_model, describe_machine
+from ..machine import cores, cpu_model, describe_machine
 
 ROOT = Path(__file__).resolve().parent.parent
 # of what could change a time: not the records of the same hour, and their plots

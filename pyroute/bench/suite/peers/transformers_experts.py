@@ -7,8 +7,8 @@ from transformers.integrations.moe import batched_mm_experts_forward, grouped_mm
 from transformers.models.qwen3_moe.configuration_qwen3_moe import Qwen3MoeConfig
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from peers import Work, column, package_version
-from peers.torch_eager import array, set_threads, tensor
+from . import Work, column, package_version
+from .torch_eager import array, set_threads, tensor
 
 NAME = "transformers"
 __all__ = ["NAME", "set_threads", "version"]

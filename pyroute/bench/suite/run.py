@@ -1,11 +1,6 @@
-"""pyroute beside its peers, interleaved in one process, with the machine's limits of the same minutes and our bars.
+"""``pyroute bench``: pyroute and its peers on the same work, interleaved in one process, with the machine's limits.
 
-    python benches/compare.py                          every row, all threads
-    python benches/compare.py --rows gate,prefill      some rows
-    python benches/compare.py --threads 1 --record     a line per column into benches/results/<machine>.jsonl
-    python benches/compare.py --cold                   caches emptied before every call
-
-docs/benchmarking.md holds the rules. Peers are optional: python -m pip install -e ".[peers]"
+docs/benchmarking.md holds the rules.
 """
 
 from __future__ import annotations
@@ -19,34 +14,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import alone
-import bars
-import harness
-import options
-import peers
-import records
-import report
-import shapes
-from peers.ours import set_threads
-
-from pyroute.bench.limits import measure_limits
-from pyroute.bench.terminal import UsageError, progress, write_json
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = options.parser(
-        "compare.py",
-        "pyroute beside its peers, with its bars.",
-        rounds=9,
-        quick="pyroute alone on small shapes: whether it runs",
-    )
-    parser.add_argument("--rows", default="", help=f"some of {','.join(bars.row_names())}")
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--columns", default="", help="only columns whose name contains one of these, with commas")
-    parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
-    args = options.check(parser.parse_args(argv), quick_rounds=3)
-    args.rows = options.some_of("--rows", args.rows, bars.row_names())
-    return args
+from ..limits import measure_limits
+from ..terminal import progress, write_json
+from . import alone, bars, harness, options, peers, records, report, shapes
+from .peers.ours import set_threads
 
 
 class Outcome:
@@ -140,26 +111,21 @@ def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
     return outcomes
 
 
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = arguments(argv)
-        started, facts = time.time(), records.common_facts()
-        with quiet_stdout():
-            everyone = list(peers.load(("ours", "machine") if args.quick else peers.MODULES))
-            outcomes = run(args, everyone)
-        lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
-        if args.json:
-            write_json({**facts, "seconds": time.time() - started, "lines": lines}, args.json)
-        if args.json != "-":
-            report.show(outcomes, everyone, args)
-        if args.record and lines:
-            path = records.append(lines, {**facts, "threads": args.threads})
-            print(f"{len(lines)} lines added to {os.path.relpath(path)}", file=sys.stderr)
-        return 130 if args.interrupted else 0
-    except UsageError as error:
-        print(f"compare.py: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def bench(args: argparse.Namespace) -> int:
+    """The command: measure, write, show; 130 if it was interrupted, with what had been measured until then."""
+    options.check(args, rounds=9, quick_rounds=3)
+    args.rows = options.some_of("OP", args.rows, options.ROWS)
+    args.interrupted = False
+    started, facts = time.time(), records.common_facts()
+    with quiet_stdout():
+        everyone = list(peers.load(peers.MODULES if args.peers else ("ours", "machine")))
+        outcomes = run(args, everyone)
+    lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
+    if args.json:
+        write_json({**facts, "seconds": time.time() - started, "lines": lines}, args.json)
+    if args.json != "-":
+        report.show(outcomes, everyone, args)
+    if args.record and lines:
+        path = records.append(lines, {**facts, "threads": args.threads})
+        print(f"{len(lines)} lines added to {os.path.relpath(path)}", file=sys.stderr)
+    return 130 if args.interrupted else 0

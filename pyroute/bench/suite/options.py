@@ -1,0 +1,46 @@
+"""The options of ``pyroute bench``, which benches/scaling.py shares; importing this loads nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+import pyroute
+
+from ..terminal import UsageError
+
+# of the table: bars.py has the cases
+ROWS = ("gate", "permute", "quantize", "decode", "prefill", "backward", "layer", "training")
+
+
+def add_measuring(parser: argparse.ArgumentParser, *, quick: str) -> None:
+    """How to measure, and where to put it."""
+    parser.add_argument("--threads", metavar="N", type=int, default=0, help="threads of everybody (default: all)")
+    parser.add_argument("--rounds", metavar="N", type=int, help="samples of each")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    parser.add_argument("--record", action="store_true", help="append the results to benches/results")
+
+
+def add_bench(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", metavar="OP", nargs="*", help=f"some of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--peers", action="store_true", help="other libraries beside pyroute, those that are installed")
+    parser.add_argument("--columns", default="", help="only columns whose name contains one of these, with commas")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
+    add_measuring(parser, quick="small shapes: whether it runs")
+
+
+def check(args: argparse.Namespace, *, rounds: int, quick_rounds: int) -> None:
+    """Fill in the defaults of this machine and of ``--quick``."""
+    if args.threads < 0 or (args.rounds is not None and args.rounds < 1):
+        raise UsageError("--threads and --rounds must be at least 1")
+    args.threads = args.threads or pyroute.get_num_threads()
+    args.rounds = args.rounds or (quick_rounds if args.quick else rounds)
+
+
+def some_of(option: str, given: str | Sequence[str], known: Sequence[str]) -> list[str]:
+    """The names given, with commas between them or one by one; all of them where there are none."""
+    names = [name for name in (given.split(",") if isinstance(given, str) else given) if name]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"{option}: no {', '.join(unknown)}; there are {', '.join(known)}")
+    return names or list(known)
