@@ -24,6 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def nothing_written_around_arrays():
+    emulated.restart()
     yield
     emulated.memory.check()
 

@@ -75,6 +75,12 @@ def library() -> ctypes.CDLL:
     return emulator
 
 
+def restart() -> None:
+    """The orders of threads from here on depend on the seed alone, and not on launches before."""
+    if not REAL:
+        library().pyroute_emulator_restart()
+
+
 def fail_next(entry_point: str, result: int) -> None:
     """The next call of this entry point of the driver returns this CUresult."""
     library().pyroute_emulator_fail(entry_point.encode(), result)

@@ -210,6 +210,9 @@ EXPORT void pyroute_emulator_fail(const char *entry_point, int result) {
     state().failures[entry_point] = result;
 }
 
+// Launches are numbered from 1 again: what a test sees does not depend on the tests before it.
+EXPORT void pyroute_emulator_restart() { restart(); }
+
 // Why the last launch that failed did.
 EXPORT const char *pyroute_emulator_sentence() { return state().sentence.c_str(); }
 

@@ -35,7 +35,9 @@ struct Machine {
     uint64_t random = 1;
     uint64_t idle_turns = 0; // turns in a row that ended in pause()
     uint64_t copy_delay = 1; // turns that a copy waits, on average, while threads run
+    uint64_t overtaking = 1; // turns until another warp overtakes, on average
     uint32_t elected = 0;
+    uint64_t launches = 0; // since restart()
     bool running = false;
     pthread_t host_thread{};
     Stacks stacks;
@@ -70,10 +72,8 @@ void thread_main() {
 void to_scheduler() { switch_context(&current->context, machine.scheduler); }
 
 Thread &choose() {
-    // Mostly the same warp goes on until it waits; sometimes another one overtakes it.
-    static constexpr uint32_t overtakes = 16;
-    size_t index = machine.runnable.size() - 1;
-    if (next_random() % overtakes == 0)
+    size_t index = machine.runnable.size() - 1; // the same warp goes on until it waits, unless another overtakes it
+    if (next_random() % machine.overtaking == 0)
         index = next_random() % machine.runnable.size();
     Warp &warp = *machine.runnable[index];
     std::swap(machine.runnable[index], machine.runnable.back());
@@ -216,17 +216,28 @@ class CatchSignals {
     stack_t stack_before_{};
 };
 
+// The order is a function of the seed and the launch's number, and so is how much of it is disorder.
+void seed_launch() {
+    uint64_t x = number_from("PYROUTE_EMULATOR_SEED", 0) * 0x9e3779b97f4a7c15ull + ++machine.launches;
+    for (uint64_t factor : {0xbf58476d1ce4e5b9ull, 0x94d049bb133111ebull})
+        x = (x ^ x >> 29) * factor;
+    machine.random = (x ^ x >> 32) | 1;
+    machine.overtaking = uint64_t{1} << next_random() % 7;
+    machine.copy_delay = uint64_t{1} << next_random() % 9;
+    machine.elected = random_below(32);
+}
+
 } // namespace
+
+void restart() {
+    const std::lock_guard<std::mutex> lock(one_launch);
+    machine.launches = 0;
+}
 
 std::string run(const Kernel &kernel, const Shape &shape, const void *args) {
     const std::lock_guard<std::mutex> lock(one_launch);
-    static uint64_t launches = 0;
-    machine.random = (number_from("PYROUTE_EMULATOR_SEED", 0) + 1) * 0x9e3779b97f4a7c15ull + ++launches;
-    for (int i = 0; i < 4; ++i)
-        next_random();
+    seed_launch();
     current_kernel = &kernel;
-    machine.copy_delay = uint64_t{1} << next_random() % 8;
-    machine.elected = random_below(32);
     machine.args = args;
     machine.failure.clear();
     machine.idle_turns = 0;

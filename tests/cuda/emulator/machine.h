@@ -140,6 +140,9 @@ extern Shape current_shape; // of the launch that runs
 // Runs a launch to its end; returns an empty string, or a sentence that says why it failed.
 std::string run(const Kernel &kernel, const Shape &shape, const void *args);
 
+// Launches are numbered from 1 again, so that a test's orders do not depend on the tests before it.
+void restart();
+
 // Ends the launch that runs.
 [[noreturn]] void fail(const std::string &sentence);
 std::string name_of(const Thread &thread); // "thread 3 of block 1"
