@@ -1,6 +1,9 @@
 #include "cuda/grouped_gemm.h"
 
+#include <algorithm>
+
 #include "cuda/grouped_gemm_arguments.h"
+#include "cuda/sm90/grouped_gemm.h"
 
 namespace pyroute::cuda {
 namespace {
@@ -104,23 +107,32 @@ void multiply(const Stream &stream, GroupedGemmArgs &args, Restarts restarts, vo
 
 } // namespace
 
-size_t grouped_gemm_workspace(const Stream & /*stream*/, const GroupedGemmArgs &args, bool /*transposed*/) {
+// Enough for either path: where `out` will lie is not known yet, and a path may ask for its alignment.
+size_t grouped_gemm_workspace(const Stream &stream, const GroupedGemmArgs &args, bool transposed) {
     Cutter cutter(nullptr);
     cut_plan(cutter, args.num_rows, args.num_experts, general_shape(args).tile_rows);
+    if (sm90::serves(device_info(stream.device), args, transposed))
+        return std::max(cutter.size(), sm90::workspace(args, transposed));
     return cutter.size();
 }
 
-size_t grouped_gemm_wgrad_workspace(const Stream & /*stream*/, const GroupedGemmWgradArgs &args) {
+size_t grouped_gemm_wgrad_workspace(const Stream &stream, const GroupedGemmWgradArgs &args, Restarts restarts) {
     Cutter cutter(nullptr);
     cut_plan(cutter, args.num_rows, args.num_experts, 0);
+    if (sm90::serves_wgrad(device_info(stream.device), args, restarts.a && restarts.grad_out))
+        return std::max(cutter.size(), sm90::wgrad_workspace(args));
     return cutter.size();
 }
 
 void grouped_gemm(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace) {
+    if (sm90::serves(device_info(stream.device), args, false))
+        return sm90::grouped_gemm(stream, args, false, workspace);
     multiply(stream, args, restarts, workspace, false);
 }
 
 void grouped_gemm_dgrad(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace) {
+    if (sm90::serves(device_info(stream.device), args, true))
+        return sm90::grouped_gemm(stream, args, true, workspace);
     multiply(stream, args, restarts, workspace, true);
 }
 
@@ -128,6 +140,8 @@ void grouped_gemm_wgrad(const Stream &stream, GroupedGemmWgradArgs args, Restart
     check_sizes(args.num_rows, args.n, args.k);
     if (args.num_experts == 0 || args.n == 0 || args.k == 0)
         return;
+    if (sm90::serves_wgrad(device_info(stream.device), args, restarts.a && restarts.grad_out))
+        return sm90::grouped_gemm_wgrad(stream, args, workspace);
     Cutter cutter(workspace);
     const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, 0,
                                     {restarts.grad_out ? &args.grad_out : nullptr, restarts.a ? &args.a : nullptr});

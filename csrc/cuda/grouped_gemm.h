@@ -1,7 +1,8 @@
 // Grouped GEMM on the GPU: the launchers. Every one queues work on the stream and returns.
 //
 // Which kernel computes a product follows from its types, sizes and alignment alone, never from how many rows an expert
-// has, where two kernels would give different bytes: a row's bytes do not depend on its batch.
+// has, where two kernels would give different bytes: a row's bytes do not depend on its batch. On sm_90 the kernels of
+// sm90/ take what they serve; PYROUTE_GROUPED_GEMM=portable keeps to those of every card, to compare with.
 #pragma once
 
 #include "../grouped_gemm.h"
@@ -17,7 +18,7 @@ struct Restarts {
 
 // Bytes of the workspace, at an address that is a multiple of 256.
 size_t grouped_gemm_workspace(const Stream &stream, const GroupedGemmArgs &args, bool transposed);
-size_t grouped_gemm_wgrad_workspace(const Stream &stream, const GroupedGemmWgradArgs &args);
+size_t grouped_gemm_wgrad_workspace(const Stream &stream, const GroupedGemmWgradArgs &args, Restarts restarts);
 
 void grouped_gemm(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace);
 void grouped_gemm_dgrad(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace);

@@ -67,7 +67,8 @@ void bind_grouped_gemm(py::module_ &module) {
                                                   const OperandTuple &a, bool accumulate, int64_t num_rows,
                                                   int64_t num_experts, int64_t n, int64_t k) {
         return grouped_gemm_wgrad_workspace(stream_of(device, stream),
-                                            wgrad_args(grad_out, a, 0, 0, accumulate, num_rows, num_experts, n, k));
+                                            wgrad_args(grad_out, a, 0, 0, accumulate, num_rows, num_experts, n, k),
+                                            {restarts(a), restarts(grad_out)});
     });
     module.def("grouped_gemm_wgrad",
                [](int device, uintptr_t stream, const OperandTuple &grad_out, const OperandTuple &a,

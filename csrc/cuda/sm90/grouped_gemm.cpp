@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 
 #include "cuda/sm90/arguments.h"
@@ -14,6 +16,12 @@ constexpr int32_t raster_group = 16; // row tiles side by side: panels of 16 x 1
 constexpr int64_t most = INT32_MAX;
 
 std::atomic<uint32_t *> hang_report{nullptr};
+
+// PYROUTE_GROUPED_GEMM=portable: the kernels for every card here too, to compare with.
+bool wanted(const DeviceInfo &card) {
+    const char *value = std::getenv("PYROUTE_GROUPED_GEMM");
+    return card.capability == 90 && !(value && std::strcmp(value, "portable") == 0);
+}
 
 bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -112,7 +120,7 @@ uint32_t blocks_for(const Stream &stream, int64_t tiles) {
 bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed) {
     const int64_t depth = transposed ? args.n : args.k, cols = transposed ? args.k : args.n;
     const bool fp8 = is_fp8(args.a, 1, 128) && is_fp8(args.b, 128, 128);
-    if (card.capability != 90 || !(fp8 || (is_bf16(args.a) && is_bf16(args.b))) || args.num_experts < 1)
+    if (!wanted(card) || !(fp8 || (is_bf16(args.a) && is_bf16(args.b))) || args.num_experts < 1)
         return false;
     if (!aligned(args.a.data) || !aligned(args.b.data) || !aligned(args.out) || !multiples(8, {cols}))
         return false;
@@ -184,7 +192,7 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
 
 bool serves_wgrad(const DeviceInfo &card, const GroupedGemmWgradArgs &args, bool restarts) {
     const bool fp8 = restarts && is_fp8(args.grad_out, 128, 1) && is_fp8(args.a, 128, 1);
-    if (card.capability != 90 || !(fp8 || (is_bf16(args.grad_out) && is_bf16(args.a))) || args.num_experts < 1)
+    if (!wanted(card) || !(fp8 || (is_bf16(args.grad_out) && is_bf16(args.a))) || args.num_experts < 1)
         return false;
     if (!aligned(args.grad_out.data) || !aligned(args.a.data) || !aligned(args.out) ||
         !multiples(fp8 ? 16 : 8, {args.n, args.k}))

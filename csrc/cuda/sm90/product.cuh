@@ -184,6 +184,7 @@ PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared
         if (valid <= 0) { // the other warpgroup's rows are all there are
             for (int32_t i = 0; i < steps; ++i) {
                 ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
+                sync_warp(); // no lane is laps behind, where the parity is right again (products do this too)
                 release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
                 ring.advance<S.stages>();
             }
