@@ -17,7 +17,7 @@ demo: $(VENV)/bin/python
 
 test: $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet ".[test]"
-	MALLOC_PERTURB_=128 $(VENV)/bin/pytest tests
+	MALLOC_PERTURB_=128 PYROUTE_EMULATOR_REQUIRED=1 $(VENV)/bin/pytest tests
 
 # Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra.
 dev:

@@ -44,7 +44,8 @@ def build() -> str | None:
         return real.why_no_gpu()
     if os.environ.get("PYROUTE_CUDA_DRIVER"):
         return None
-    cmake = shutil.which("cmake", path=f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}")
+    tools = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ.get('PATH', '')}"
+    cmake = shutil.which("cmake", path=tools)
     if cmake is None:
         return "building the emulated GPU needs cmake"
     BUILD.mkdir(parents=True, exist_ok=True)
@@ -52,8 +53,8 @@ def build() -> str | None:
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # one of the test processes builds
         configure = [cmake, "-S", ROOT, "-B", BUILD, "-DPYROUTE_EMULATOR=ON", "--log-level=WARNING"]
-        if not (BUILD / "CMakeCache.txt").exists() and shutil.which("ninja"):
-            configure += ["-G", "Ninja"]
+        if not (BUILD / "CMakeCache.txt").exists() and (ninja := shutil.which("ninja", path=tools)):
+            configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
         for command in (configure, [cmake, "--build", BUILD, "--target", "cuda_emulated", "--parallel"]):
             made = subprocess.run(command, capture_output=True, text=True)
             if made.returncode:

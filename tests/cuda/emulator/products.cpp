@@ -53,11 +53,12 @@ void decode(Items items, bool of_a, const uint8_t *bytes, uint32_t num_bytes, fl
 }
 
 // sums[r][c] += a[r][k] b[k][c]
-template <uint32_t Columns>
-void add_products(float (*sums)[Columns], const float (*a)[32], const float (*b)[Columns], uint32_t depth) {
+template <uint32_t Width>
+void add_products(float (*sums)[Width], const float (*a)[32], const float (*b)[Width], uint32_t depth,
+                  uint32_t columns) {
     for (uint32_t r = 0; r < 16; ++r)
         for (uint32_t k = 0; k < depth; ++k)
-            for (uint32_t c = 0; c < Columns; ++c)
+            for (uint32_t c = 0; c < columns; ++c)
                 sums[r][c] += a[r][k] * b[k][c];
 }
 
@@ -84,7 +85,7 @@ void multiply_fragments(Warp &warp) {
         for (uint32_t i = 0; i < 4; ++i)
             sums[r + i / 2 * 8][2 * q + i % 2] = given.d[i];
     }
-    add_products(sums, a, b, 8 * per_word);
+    add_products(sums, a, b, 8 * per_word, 8);
     for (uint32_t lane = 0; lane < 32; ++lane)
         for (uint32_t i = 0; i < 4; ++i)
             operands_of<Fragments>(warp, lane).d[i] = sums[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2];
@@ -273,7 +274,7 @@ void run_product(Warp &warp, size_t group, size_t index) {
             wide_sums[lane / 4 + (i & 2) * 4][i / 4 * 8 + lane % 4 * 2 + (i & 1)] =
                 product.add ? (*values[lane])[i] : 0.0f;
     }
-    add_products(wide_sums, wide_a, wide_b, is_fp8(product.items) ? 32 : 16);
+    add_products(wide_sums, wide_a, wide_b, is_fp8(product.items) ? 32 : 16, product.columns);
     for (uint32_t lane = 0; lane < 32; ++lane)
         for (uint32_t i = 0; i < product.columns / 2; ++i)
             (*values[lane])[i] = wide_sums[lane / 4 + (i & 2) * 4][i / 4 * 8 + lane % 4 * 2 + (i & 1)];
