@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pyroute
 from pyroute.__main__ import main
 
 BENCHES = Path(__file__).resolve().parent.parent / "benches"
@@ -288,3 +289,65 @@ def test_the_command_line_knows_the_rows_of_the_table(benches):
     from pyroute.bench.suite import bars, options
 
     assert tuple(dict.fromkeys(case.row for case in bars.cases())) == options.ROWS
+
+
+@pytest.mark.parametrize("model", pyroute.presets())
+def test_every_operation_of_every_model_has_a_case(benches, model):
+    from pyroute.bench.suite import bars, options
+
+    cases = bars.model_cases(model, "zipf:1.2", 8 << 30)
+    assert [row for row in options.ROWS if row not in {case.row for case in cases}] == []
+    sizes = []
+    for case in cases:  # the shapes alone: nothing is drawn
+        with pytest.raises(StopIteration):
+            case.make(lambda s: sizes.append(s) or next(iter(())))
+    assert {s.model for s in sizes} == {model}
+    assert all(
+        s.num_experts == s.of_experts or 12 * s.num_experts * s.hidden * s.intermediate <= 8 << 30 or not s.of_experts
+        for s in sizes
+    )
+
+
+@pytest.mark.parametrize("load", ["random", "balanced", "zipf", "zipf:3", "one-hot", "half-empty"])
+@pytest.mark.parametrize("model", ["deepseek-v3", "qwen3-moe"])
+def test_loads_spread_rows_as_they_say(benches, load, model):
+    from pyroute.bench.suite import shapes
+
+    s = shapes.shape(model, 512)._replace(load=load)
+    counts = np.sort(shapes.gating(s).tokens_per_expert)[::-1]
+    assert counts.sum() == 512 * s.top_k
+    if load == "balanced" and s.config.num_groups == 1:  # eight neighbours are in two groups, which V3 may choose
+        assert np.ptp(counts) <= 1
+    if load == "one-hot":
+        assert counts[0] == 512
+    if load == "half-empty":
+        assert np.count_nonzero(counts) <= s.num_experts // 2
+    if load == "zipf:3":
+        assert counts[0] > 4 * counts[s.num_experts // 4]
+
+
+def test_fewer_experts_have_as_many_rows_each(benches):
+    from pyroute.bench.suite import shapes
+
+    s = shapes.shape("deepseek-v3", 4096)
+    few = shapes.fitting(s, 4 << 30)
+    assert few.num_experts == 16  # 2.8 of 4 GiB
+    assert (few.hidden, few.intermediate) == (s.hidden, s.intermediate)
+    assert few.tokens * few.top_k / few.num_experts == pytest.approx(4096 * 8 / 256, rel=0.05)
+    assert few.name == f"deepseek-v3 T={few.tokens} {few.num_experts} of 256 experts"
+
+
+@pytest.mark.parametrize("model", ["deepseek-v4", "kimi-k2", "llama4", "mixtral"])
+def test_a_models_gate_has_a_right_answer_in_every_column(benches, model, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    argv = ["bench", "gate", "--quick", "--rounds", "1", "--model", model, "--load", "zipf", "--json", str(path)]
+    assert main(argv) == 0
+    lines = json.loads(path.read_text())["lines"]
+    assert {line["op"] for line in lines} == {"gate", "gate backward"}
+    assert {line["status"] for line in lines} == {"ok"}
+
+
+@pytest.mark.parametrize("load", ["uniform", "zipf:", "zipf:-1", "zipf:x", "balanced:2", "zipf:nan"])
+def test_a_load_that_is_none_is_one_sentence(benches, load, capsys):
+    assert main(["bench", "gate", "--load", load]) == 2
+    assert "--load must be one of random, " in capsys.readouterr().err

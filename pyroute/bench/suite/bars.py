@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -144,6 +146,45 @@ def _training(tokens: int, *, experts: int = 64) -> Case:
         s = s._replace(num_experts=experts, config=shapes.shape("mixtral", 1).config)
     bars = (faster("pyroute float32", "transformers grouped_mm float32", 2),)
     return Case("training", lambda size: problems.Layer("training", size(s), wide=True), bars)
+
+
+def model_cases(model: str, load: str, memory: int) -> list[Case]:
+    """Every operation on one model's layer: decode, a small batch, prefill, training; experts that fit the bytes.
+
+    Without bars: what a model's sizes should reach nobody knows before.
+    """
+
+    def case(row: str, make: Callable[[shapes.Shape], problems.Problem], tokens: int, *, weights: bool = False) -> Case:
+        s = shapes.shape(model, tokens)._replace(load=load)
+        s = shapes.fitting(s, memory) if weights else s
+        return Case(row, lambda size: make(size(s)), ())
+
+    moves = [
+        case("permute", functools.partial(problems.Move, op=op, dtype="bfloat16"), tokens)
+        for tokens in (64, 4096)
+        for op in ("permute", "unpermute")
+    ]
+    layers = [
+        case("layer", functools.partial(problems.Layer, "layer", wide=wide), tokens, weights=True)
+        for wide in (False, True)
+        for tokens in (1, 64, 4096)
+    ]
+    return [
+        *(case("gate", problems.Gate, tokens) for tokens in (1, 64, 4096)),
+        case("gate", problems.GateBackward, 4096),
+        *moves,
+        case("quantize", functools.partial(problems.Quantize, dtype="bfloat16"), 4096),
+        *(case("decode", problems.decode, tokens, weights=True) for tokens in (1, 8, 64)),
+        case("prefill", functools.partial(problems.routed, "gemm"), 4096, weights=True),
+        *(case("backward", functools.partial(problems.routed, op), 4096, weights=True) for op in ("dgrad", "wgrad")),
+        *layers,
+        case("training", functools.partial(problems.Layer, "training", wide=True), 4096, weights=True),
+    ]
+
+
+def chosen(args: argparse.Namespace) -> list[Case]:
+    """Those of a model, or the table's; the same list in every process."""
+    return model_cases(args.model, args.load, args.memory) if args.model else cases()
 
 
 def cases() -> list[Case]:

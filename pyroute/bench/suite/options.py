@@ -9,6 +9,7 @@ import pyroute
 
 from ..terminal import UsageError
 
+LOADS = ("random", "balanced", "zipf", "one-hot", "half-empty")
 # of the table: bars.py has the cases
 ROWS = ("gate", "permute", "quantize", "decode", "prefill", "backward", "layer", "training")
 
@@ -24,10 +25,31 @@ def add_measuring(parser: argparse.ArgumentParser, *, quick: str) -> None:
 def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="OP", nargs="*", help=f"some of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--peers", action="store_true", help="other libraries beside pyroute, those that are installed")
+    parser.add_argument(
+        "--model", metavar="NAME", choices=pyroute.presets(), help="every operation on this model's layer"
+    )
+    parser.add_argument(
+        "--load",
+        default="random",
+        metavar="HOW",
+        help="of the model's experts: random, balanced, zipf[:EXPONENT], one-hot, half-empty",
+    )
     parser.add_argument("--columns", default="", help="only columns whose name contains one of these, with commas")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
     add_measuring(parser, quick="small shapes: whether it runs")
+
+
+def load(text: str) -> str:
+    """A load of the experts; UsageError for another word."""
+    name, colon, exponent = text.partition(":")
+    try:
+        fine = name in LOADS and (not colon or (name == "zipf" and 0 < float(exponent) < 100))
+    except ValueError:
+        fine = False
+    if not fine:
+        raise UsageError(f"--load must be one of {', '.join(LOADS)}, zipf with its exponent as zipf:1.5, got {text}")
+    return text
 
 
 def check(args: argparse.Namespace, *, rounds: int, quick_rounds: int) -> None:

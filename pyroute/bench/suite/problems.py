@@ -69,9 +69,18 @@ class Gate(Problem):
     def __init__(self, s: shapes.Shape):
         self.shape, self.config, self.case = s, s.config, s.name
         self.logits = shapes.logits(s)
-        sigmoid = s.config.score == "sigmoid" and s.config.num_groups > 1
+        sigmoid = s.config.score == "sigmoid" and s.config.renormalize == "sum"
         self.bias = np.random.default_rng(4).normal(0, 0.01, s.num_experts).astype(np.float32) if sigmoid else None
         self.nbytes = self.logits.nbytes + 8 * s.tokens * s.top_k
+
+    @property
+    def formula(self) -> str:
+        """Which of the two common routers this is, for those who have written them: "" if neither."""
+        c = self.config
+        if self.bias is not None:
+            return "grouped sigmoid" if c.num_groups == 1 or c.group_score == "top2_sum" else ""
+        plain = c.score == "softmax" and c.num_groups == 1 and c.scaling_factor == 1
+        return "softmax" if plain and (c.renormalize == "sum" or c.score_stage == "post") else ""
 
     def error(self, result: Any) -> float:
         """Relative error of the worst weight; one token in a thousand may choose otherwise, where two keys tie."""
@@ -84,6 +93,32 @@ class Gate(Problem):
         if np.count_nonzero(~same) > self.shape.tokens // 1000:
             return float("inf")
         return float((np.abs(dense[0] - dense[1]) / np.where(dense[1], dense[1], 1))[same].max())
+
+
+class GateBackward(Problem):
+    """Gradients of the logits from those of the weights, with the balance loss."""
+
+    op = "gate backward"
+    balance = 1e-3
+
+    def __init__(self, s: shapes.Shape):
+        self.gate = Gate(s)
+        self.case, self.config = s.name, s.config
+        self.logits, self.gating = self.gate.logits, pyroute.topk_gating(self.gate.logits, s.config)
+        self.grad = np.random.default_rng(5).normal(size=(s.tokens, s.top_k)).astype(np.float32)
+        self.nbytes = 2 * self.logits.nbytes + 8 * s.tokens * s.top_k
+        self.written = self.logits.nbytes
+
+    def error(self, result: Any) -> float:
+        exact = pyroute.topk_gating_backward(
+            self.grad.astype(np.float64), self.logits.astype(np.float64), self._wide(), self.config,
+            balance_loss_coef=self.balance, backend="numpy",
+        )  # fmt: skip
+        return worst_row(result, exact)
+
+    def _wide(self) -> pyroute.Gating:
+        ids = self.gating.topk_idx
+        return pyroute.topk_gating(self.logits.astype(np.float64), self.config, topk_idx=ids, backend="numpy")
 
 
 class Move(Problem):
@@ -206,7 +241,14 @@ class Gemm(Problem):
 def decode(s: shapes.Shape) -> Gemm:
     """The gate_up projection of a few tokens at their experts, rows sorted by expert."""
     plan = pyroute.plan_routes(shapes.gating(s).topk_idx, s.num_experts)
-    p = Gemm("gemm", f"decode T={s.tokens}", np.diff(plan.expert_offsets), 2 * s.intermediate, s.hidden, plan=plan)
+    p = Gemm(
+        "gemm",
+        f"decode {s.name.partition(' ')[2]}",
+        np.diff(plan.expert_offsets),
+        2 * s.intermediate,
+        s.hidden,
+        plan=plan,
+    )
     p.reads, p.nbytes = True, p.bytes_with(1) + p.a16.nbytes + 2 * len(p.a) * p.sizes[1]  # weights of one byte
     return p
 
@@ -215,6 +257,13 @@ def prefill(op: str, s: shapes.Shape) -> Gemm:
     """As many rows for every expert as there are tokens."""
     name = f"{s.num_experts} x {s.tokens} x {s.hidden} x {s.intermediate}"
     return Gemm(op, name, np.full(s.num_experts, s.tokens), s.intermediate, s.hidden)
+
+
+def routed(op: str, s: shapes.Shape) -> Gemm:
+    """The gate_up projection of all rows that the router sends to each expert."""
+    counts = shapes.gating(s).tokens_per_expert
+    name = f"{s.name} x {s.hidden} x {2 * s.intermediate}"
+    return Gemm(op, name, counts, 2 * s.intermediate, s.hidden)
 
 
 class LayerWeights(Problem):
@@ -255,7 +304,7 @@ class Layer(Problem):
 
     def __init__(self, op: str, s: shapes.Shape, *, wide: bool):
         self.op, self.shape, self.wide = op, s, wide
-        self.case = f"{'float32' if wide else '8 and 16 bits'} T={s.tokens}"
+        self.case = f"{'float32' if wide else '8 and 16 bits'} {s.name.partition(' ')[2]}"
         self.logits, self.gating = shapes.logits(s), shapes.gating(s)
         self.x16 = shapes.states(s, "bfloat16")
         self.x = self.x16.astype(np.float32)

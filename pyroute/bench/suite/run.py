@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..limits import measure_limits
+from ..machine import available_memory
 from ..terminal import progress, write_json
 from . import alone, bars, harness, options, peers, records, report, shapes
 from .peers.ours import set_threads
@@ -96,7 +97,7 @@ def quiet_stdout() -> Iterator[None]:
 def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     args.interrupted = False
-    cases = [(number, case) for number, case in enumerate(bars.cases()) if case.row in args.rows]
+    cases = [(number, case) for number, case in enumerate(bars.chosen(args)) if case.row in args.rows]
     with progress(len(cases)) as step:
         for number, case in cases:
             step(case.row)
@@ -115,6 +116,8 @@ def bench(args: argparse.Namespace) -> int:
     """The command: measure, write, show; 130 if it was interrupted, with what had been measured until then."""
     options.check(args, rounds=9, quick_rounds=3)
     args.rows = options.some_of("OP", args.rows, options.ROWS)
+    options.load(args.load)
+    args.memory = available_memory() // 3  # of one form of the weights: peers keep their own, wider or narrower
     args.interrupted = False
     started, facts = time.time(), records.common_facts()
     with quiet_stdout():

@@ -23,10 +23,13 @@ class Shape(NamedTuple):
     intermediate: int
     num_experts: int
     config: pyroute.RouterConfig
+    load: str = "random"  # how rows are spread over the experts; "zipf:1.5" has its exponent with it
+    of_experts: int = 0  # of the model, where fewer are kept
 
     @property
     def name(self) -> str:
-        return f"{self.model} T={self.tokens}"
+        experts = f" {self.num_experts} of {self.of_experts} experts" * (self.of_experts > self.num_experts)
+        return f"{self.model} T={self.tokens}{experts}" + f" {self.load}" * (self.load != "random")
 
     @property
     def top_k(self) -> int:
@@ -45,8 +48,45 @@ def small(s: Shape) -> Shape:
     return s._replace(tokens=min(64, s.tokens), hidden=1024, intermediate=512, num_experts=8, config=config)
 
 
+def fitting(s: Shape, num_bytes: int) -> Shape:
+    """The model's layer with its widths, and as many of its experts as leave the float32 weights within the bytes.
+
+    As many rows for each expert as before, which is what one of several devices gets that share the experts.
+    """
+    kept = s.num_experts
+    while kept > 2 and 12 * kept * s.hidden * s.intermediate > num_bytes:
+        kept = -(-kept // 2)
+    if kept == s.num_experts:
+        return s
+    top_k = min(s.top_k, kept)
+    tokens = max(1, round(s.tokens * s.top_k * kept / (s.num_experts * top_k)))
+    config = pyroute.RouterConfig(kept, top_k, "softmax", renormalize="sum")
+    return s._replace(tokens=tokens, num_experts=kept, config=config, of_experts=s.num_experts)
+
+
 def logits(s: Shape) -> np.ndarray:
-    return np.random.default_rng(1).normal(size=(s.tokens, s.num_experts)).astype(np.float32)
+    """Normal numbers, which spread rows almost evenly, and what the load adds to them."""
+    x = np.random.default_rng(1).normal(size=(s.tokens, s.num_experts)).astype(np.float32)
+    return x if s.load == "random" else x + _preference(s)
+
+
+def _preference(s: Shape) -> np.ndarray:
+    """[T, E] or [E], larger where tokens are to go; 50 is beyond what normal numbers and biases can turn."""
+    name, _, exponent = s.load.partition(":")
+    experts, wanted = np.arange(s.num_experts), np.zeros(s.num_experts, np.float32)
+    match name:
+        case "balanced":
+            slots = np.arange(s.tokens * s.top_k).reshape(s.tokens, s.top_k) % s.num_experts
+            wanted = np.zeros((s.tokens, s.num_experts), np.float32)
+            np.put_along_axis(wanted, slots, np.float32(50), axis=1)
+        case "one-hot":
+            wanted[: s.top_k] = 50
+        case "half-empty":
+            wanted[s.num_experts // 2 :] = -50 if s.num_experts // 2 >= s.top_k else 0
+        case "zipf":  # in an order that has nothing to do with groups of neighbours
+            order = np.random.default_rng(9).permutation(experts)
+            wanted[order] = -float(exponent or 1) * np.log(experts + 1)
+    return wanted.astype(np.float32)
 
 
 def states(s: Shape, dtype: str = "float32") -> np.ndarray:

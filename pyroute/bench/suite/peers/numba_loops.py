@@ -109,6 +109,8 @@ def _softmax_parallel(logits, top_k, weights, ids):
 
 @column("gate", "numba loops")
 def gate(p):
+    if not p.formula:
+        return None
     c, logits, few = p.config, p.logits, p.logits.shape[0] < 16
     k = c.top_k
 

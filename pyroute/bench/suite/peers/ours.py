@@ -63,6 +63,11 @@ def gate(p, name):
     return Work(lambda: pyroute.topk_gating(p.logits, p.config, bias=p.bias), lambda g: (g.topk_weights, g.topk_idx))
 
 
+@ours("gate backward", "pyroute")
+def gate_backward(p, name):
+    return Work(lambda: pyroute.topk_gating_backward(p.grad, p.logits, p.gating, p.config, balance_loss_coef=p.balance))
+
+
 @ours("permute", "pyroute", "pyroute fresh", kind="exact")
 def permute(p, name):
     if name.endswith("fresh"):

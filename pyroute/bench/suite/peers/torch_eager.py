@@ -52,7 +52,9 @@ def softmax_topk(logits, top_k: int):
     return weights / weights.sum(dim=-1, keepdim=True), topk_idx
 
 
-def gate_work(p, wrap=lambda function: function) -> Work:
+def gate_work(p, wrap=lambda function: function) -> Work | None:
+    if not p.formula:
+        return None
     logits, c = tensor(p.logits), p.config
     if p.bias is not None:
         bias, f = tensor(p.bias), wrap(grouped_sigmoid)
