@@ -123,9 +123,9 @@ def _cuda_info() -> BackendInfo:
     """Available if any GPU's kernels are there."""
     if _cuda_error:
         return BackendInfo(False, f"pyroute._cuda did not load: {_cuda_error}")
+    if reason := _cuda.why_no_device():
+        return BackendInfo(False, reason)
     routes = [(device, kernels(device)) for device in range(_cuda.num_devices())]
-    if not routes:
-        return BackendInfo(False, _cuda.why_no_device())
     device, route = next((entry for entry in routes if entry[1].how), routes[0])
     if not route.how:
         return BackendInfo(False, route.why_not)

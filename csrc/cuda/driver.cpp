@@ -47,22 +47,25 @@ void *open_library() {
     throw Error(std::string("no NVIDIA driver: ") + (reason ? reason : path));
 }
 
-template <class Function> void find(void *library, const char *name, Function &function) {
+template <class Function> void find(void *library, const char *name, Function &function, bool required) {
     function = reinterpret_cast<Function>(dlsym(library, name));
-    if (!function)
+    if (!function && required)
         throw Error(std::string("the NVIDIA driver is older than CUDA ") + version_text(oldest_version) +
                     ", the oldest that pyroute works with: it has no " + name);
 }
 
 void load(Api &api) {
     void *library = open_library(); // kept for the life of the process
-    find(library, "cuDriverGetVersion", api.cuDriverGetVersion);
+    find(library, "cuDriverGetVersion", api.cuDriverGetVersion, true);
     int version = 0;
     if (api.cuDriverGetVersion(&version) == success && version < oldest_version)
         throw Error("the NVIDIA driver supports CUDA " + version_text(version) + ", pyroute needs " +
                     version_text(oldest_version) + " or newer");
-#define PYROUTE_FIND(name, parameters) find(library, #name, api.name);
+#define PYROUTE_FIND(name, parameters) find(library, #name, api.name, true);
     PYROUTE_DRIVER_FUNCTIONS(PYROUTE_FIND)
+#undef PYROUTE_FIND
+#define PYROUTE_FIND(name, parameters) find(library, #name, api.name, false);
+    PYROUTE_DRIVER_OPTIONAL_FUNCTIONS(PYROUTE_FIND)
 #undef PYROUTE_FIND
     const Result result = api.cuInit(0);
     if (result == no_device)

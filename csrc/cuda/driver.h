@@ -99,9 +99,14 @@ enum TensorMapFill : int { fill_zero = 0 };
        const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides, TensorMapInterleave interleave,  \
        TensorMapSwizzle swizzle, TensorMapPromotion promotion, TensorMapFill fill))
 
+// Since CUDA 12.4.
+#define PYROUTE_DRIVER_OPTIONAL_FUNCTIONS(X)                                                                           \
+    X(cuKernelGetParamInfo, (Kernel kernel, size_t index, size_t *offset, size_t *size))
+
 struct Api {
 #define PYROUTE_DECLARE(name, parameters) Result(*name) parameters;
     PYROUTE_DRIVER_FUNCTIONS(PYROUTE_DECLARE)
+    PYROUTE_DRIVER_OPTIONAL_FUNCTIONS(PYROUTE_DECLARE) // null where it has them not
 #undef PYROUTE_DECLARE
 
     std::string text(Result error) const; // "CUDA_ERROR_OUT_OF_MEMORY (out of memory)"

@@ -202,14 +202,26 @@ driver::Library library_of(const Api &api, const Card &card, const char *room) {
     return library;
 }
 
-Found &find_kernel(const Api &api, const Card &card, int device, const char *room, const char *name) {
+// A kernel of another build of the package would read its arguments wrongly.
+void check_arguments(const Api &api, driver::Kernel kernel, const std::string &what, size_t args_bytes) {
+    size_t offset = 0, size = 0;
+    if (args_bytes && api.cuKernelGetParamInfo &&
+        api.cuKernelGetParamInfo(kernel, 0, &offset, &size) == driver::success && size != args_bytes)
+        throw Error(what + " takes " + std::to_string(size) + " bytes of arguments, not " + std::to_string(args_bytes) +
+                    ": it belongs to another build of pyroute");
+}
+
+Found &find_kernel(const Api &api, const Card &card, int device, const char *room, const char *name,
+                   size_t args_bytes) {
     const size_t bucket = bucket_of(device, room, name);
     if (Found *entry = known(bucket, device, room, name))
         return *entry;
     const OutsideCapture loading(api);
     const driver::Library library = library_of(api, card, room);
     driver::Kernel kernel = nullptr;
-    check(api, api.cuLibraryGetKernel(&kernel, library, name), std::string("kernel ") + name + " of " + room);
+    const std::string what = std::string("kernel ") + name + " of " + room;
+    check(api, api.cuLibraryGetKernel(&kernel, library, name), what);
+    check_arguments(api, kernel, what, args_bytes);
     const std::lock_guard lock(changing);
     if (Found *entry = known(bucket, device, room, name))
         return *entry;
@@ -316,13 +328,13 @@ int driver_version() {
 const DeviceInfo &device_info(int device) { return card_of(driver::api(), device).info; }
 
 void launch(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape, const void *args,
-            size_t /*args_bytes*/) {
+            size_t args_bytes) {
     const Api &api = driver::api();
     if (shape.blocks == 0 || shape.blocks_y == 0)
         return;
     Card &card = card_of(api, stream.device);
     const OnCard current(api, card);
-    Found &found = find_kernel(api, card, stream.device, room, kernel);
+    Found &found = find_kernel(api, card, stream.device, room, kernel, args_bytes);
     allow_shared(api, card, found, shape.shared_bytes);
     Config config(stream, shape, card.info.capability);
     void *arguments[] = {const_cast<void *>(args)};
@@ -346,7 +358,7 @@ int most_active_clusters(const Stream &stream, const char *room, const char *ker
     const Api &api = driver::api();
     Card &card = card_of(api, stream.device);
     const OnCard current(api, card);
-    Found &found = find_kernel(api, card, stream.device, room, kernel);
+    Found &found = find_kernel(api, card, stream.device, room, kernel, 0);
     allow_shared(api, card, found, shape.shared_bytes);
     const Config config(stream, shape, card.info.capability);
     int clusters = 0;

@@ -94,3 +94,6 @@ constexpr bool called_alike(driver::Result (*)(Ours...), CUresult (*)(Theirs...)
 #define COMPARE(name, parameters)                                                                                      \
     static_assert(called_alike(decltype(driver::Api::name){}, decltype(&::name){}), #name);
 PYROUTE_DRIVER_FUNCTIONS(COMPARE)
+#if CUDA_VERSION >= 12040
+PYROUTE_DRIVER_OPTIONAL_FUNCTIONS(COMPARE)
+#endif

@@ -47,6 +47,16 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
             return py::make_tuple(info.name, info.capability, info.num_sms, info.shared_bytes);
         },
         py::arg("device"));
+    module.def(
+        "launch", // any kernel, for tests and tools: args is its argument struct
+        [](int device, uintptr_t stream, const std::string &room, const std::string &kernel, uint32_t blocks,
+           uint32_t threads, const py::bytes &args, uint32_t shared_bytes, uint32_t cluster) {
+            const std::string_view bytes = args;
+            cuda::launch(cuda::stream_of(device, stream), room.c_str(), kernel.c_str(),
+                         {blocks, threads, shared_bytes, cluster}, bytes.data(), bytes.size());
+        },
+        py::arg("device"), py::arg("stream"), py::arg("room"), py::arg("kernel"), py::arg("blocks"), py::arg("threads"),
+        py::arg("args"), py::arg("shared_bytes") = 0, py::arg("cluster") = 1);
     module.def("set_image_source", &set_image_source, py::arg("source"));
 
     cuda::bind_gating(module);

@@ -338,10 +338,11 @@ EXPORT CUresult cuCtxPopCurrent_v2(CUcontext *context) {
     return CUDA_SUCCESS;
 }
 
+static thread_local int capture_mode = 0; // 2: relaxed
+
 EXPORT CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
-    static thread_local int current_mode = 0;
     BEGIN(cuThreadExchangeStreamCaptureMode);
-    std::swap(*mode, current_mode);
+    std::swap(*mode, capture_mode);
     return CUDA_SUCCESS;
 }
 
@@ -349,6 +350,10 @@ EXPORT CUresult cuLibraryLoadData(CUlibrary *library, const void *, void *, void
                                   unsigned) {
     static char any;
     BEGIN(cuLibraryLoadData);
+    if (contexts.empty())
+        return CUDA_ERROR_INVALID_CONTEXT;
+    if (capturing() && capture_mode != 2) // what breaks a capture on a GPU
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     *library = reinterpret_cast<CUlibrary>(&any);
     return CUDA_SUCCESS;
 }
@@ -358,6 +363,15 @@ EXPORT CUresult cuLibraryGetKernel(CUkernel *kernel, CUlibrary, const char *name
     const Kernel *found = find_kernel(name);
     *kernel = reinterpret_cast<CUkernel>(const_cast<Kernel *>(found));
     return found ? CUDA_SUCCESS : CUDA_ERROR_NOT_FOUND;
+}
+
+EXPORT CUresult cuKernelGetParamInfo(CUkernel kernel, size_t index, size_t *offset, size_t *size) {
+    BEGIN(cuKernelGetParamInfo);
+    if (index > 0)
+        return CUDA_ERROR_INVALID_VALUE;
+    *offset = 0;
+    *size = reinterpret_cast<const Kernel *>(kernel)->args_bytes;
+    return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel) {

@@ -32,6 +32,11 @@ bool captured(CUstream stream, const std::function<CUresult()> &work) {
     return true;
 }
 
+bool capturing() {
+    const std::lock_guard<std::mutex> lock(mutex);
+    return !captures.empty();
+}
+
 } // namespace emulator
 
 using namespace emulator;

@@ -10,4 +10,7 @@ namespace emulator {
 // Whether the stream is being captured; then `work` is kept and not done.
 bool captured(CUstream stream, const std::function<CUresult()> &work);
 
+// Whether any stream is.
+bool capturing();
+
 } // namespace emulator
