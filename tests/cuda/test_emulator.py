@@ -122,13 +122,28 @@ def test_memory_that_is_not_there():
     for wrong, n, shared in ((3, 1, 0), (4, 1008, 1008)):
         _, sentence = run("probe_bounds", [0], n=n, wrong=wrong, shared=shared)
         assert "block 0 wrote past the end of an object in its shared memory" in sentence
-    _, sentence = run("probe_bounds", [0], wrong=6)
-    assert "divided by zero" in sentence
     _, sentence = run("probe_bounds", np.zeros(64), wrong=5)
     assert "no multiple of 16" in sentence
     out, sentence = run("probe_bounds", [0], shared=64)  # and the process goes on
     assert sentence == ""
     assert out[0] == 0x7F
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (6, "a division by zero"),
+        (7, "a misaligned address"),
+        (8, "an index outside of an array"),
+        (9, "a shift by too many bits"),
+        (10, "a product that overflows"),
+        (11, "a float that no integer of the type holds"),
+    ],
+)
+def test_what_the_language_does_not_define(wrong, words):
+    n = 200 if wrong == 11 else 99
+    _, sentence = run("probe_bounds", np.zeros(64), n=n, wrong=wrong)
+    assert re.search(f"thread 0 of block 0: {words}.* at probes.cu:[0-9]+", sentence), sentence
 
 
 def test_writes_around_an_array_are_found():

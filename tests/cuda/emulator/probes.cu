@@ -97,7 +97,27 @@ PYROUTE_KERNEL(probe_bounds, 32, 1, ProbeArgs) {
         dynamic[args.n] = 2;
     if (args.wrong == 5)
         load_words(reinterpret_cast<const char *>(args.in) + 4);
-    if (args.wrong == 6)
-        args.out[0] = args.in[0] / args.n;
+    const uint32_t few[4] = {args.in[0], 2, 3, 4};
+    const int32_t large = static_cast<int32_t>(args.n);
+    switch (args.wrong) {
+    case 6:
+        args.out[0] = args.in[0] / (args.n - 99);
+        break;
+    case 7:
+        args.out[0] = static_cast<uint32_t>(*reinterpret_cast<const uint64_t *>(args.in + 1));
+        break;
+    case 8:
+        args.out[0] = few[args.n];
+        break;
+    case 9:
+        args.out[0] = 1u << args.n;
+        break;
+    case 10:
+        args.out[0] = static_cast<uint32_t>(large * 100000000);
+        break;
+    case 11:
+        args.out[0] = static_cast<uint32_t>(-float_of(args.n << 23));
+        break;
+    }
     args.out[0] = reinterpret_cast<uintptr_t>(dynamic) % 1024 + static_cast<uint32_t>(dynamic[0]);
 }
