@@ -1,6 +1,8 @@
 #include "cuda/grouped_gemm.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <cstring>
 
 #include "cuda/grouped_gemm_arguments.h"
 #include "cuda/sm90/grouped_gemm.h"
@@ -73,44 +75,127 @@ GemmPlan make_plan(const Stream &stream, Cutter &workspace, const int64_t *exper
     return args.plan;
 }
 
-struct GeneralShape {
-    const char *kernel;
+// A kernel and what its blocks compute.
+struct Choice {
+    const char *room, *kernel;
     int64_t tile_rows, tile_cols;
-    uint32_t shared_bytes() const { return static_cast<uint32_t>((tile_rows + tile_cols) * 128 * 4); }
+    uint32_t threads, shared_bytes;
+
+    bool exists() const { return kernel != nullptr; }
 };
+
+constexpr Choice general(const char *kernel, int64_t tile_rows, int64_t tile_cols) {
+    return {"grouped_gemm", kernel, tile_rows,
+            tile_cols,      128,    static_cast<uint32_t>((tile_rows + tile_cols) * 128 * 4)};
+}
+constexpr Choice mma(const char *room, const char *kernel, int tile_rows, int b_bytes = 128) {
+    const int shared = mma_stages(tile_rows) * mma_stage_bytes(tile_rows, b_bytes);
+    return {room, kernel, tile_rows, 128, 256, static_cast<uint32_t>(shared)};
+}
+
+// PYROUTE_GROUPED_GEMM=general: the kernels with the CPU floor's bytes for everything, to compare with.
+bool general_is_wanted() {
+    const char *value = std::getenv("PYROUTE_GROUPED_GEMM");
+    return value && std::strcmp(value, "general") == 0;
+}
+
+int64_t item_size(ElementType type) { return type == ElementType::float32 ? 4 : type == ElementType::bfloat16 ? 2 : 1; }
+
+// Whether a matrix of rows of `cols` elements can be copied in chunks of 16 bytes, and its scales fit blocks of 128
+// that run along its rows, or down them.
+bool suits_mma(const GemmOperand &operand, int64_t cols, bool down) {
+    const int64_t block = down ? operand.block_rows : operand.block_cols;
+    return reinterpret_cast<uintptr_t>(operand.data) % 16 == 0 && cols * item_size(operand.type) % 16 == 0 &&
+           (!operand.scales || block % 128 == 0);
+}
+
+bool are(const GemmOperand &a, ElementType type_a, const GemmOperand &b, ElementType type_b) {
+    return a.type == type_a && b.type == type_b;
+}
+
+constexpr ElementType bf16 = ElementType::bfloat16, e4m3 = ElementType::e4m3, e5m2 = ElementType::e5m2;
+
+Choice mma_for_rows(const GroupedGemmArgs &args, bool transposed, bool low) {
+    const int rows = low ? 16 : 128;
+    const GemmOperand &a = args.a, &b = args.b;
+    if (!suits_mma(a, transposed ? args.n : args.k, false) || !suits_mma(b, args.k, transposed))
+        return {};
+    if (are(a, bf16, b, bf16))
+        return mma("grouped_gemm_bf16",
+                   transposed ? low ? "grouped_gemm_bf16_dgrad_low" : "grouped_gemm_bf16_dgrad"
+                   : low      ? "grouped_gemm_bf16_low"
+                              : "grouped_gemm_bf16",
+                   rows);
+    if (are(a, e4m3, b, e4m3))
+        return mma("grouped_gemm_fp8",
+                   transposed ? low ? "grouped_gemm_fp8_dgrad_low" : "grouped_gemm_fp8_dgrad"
+                   : low      ? "grouped_gemm_fp8_low"
+                              : "grouped_gemm_fp8",
+                   rows);
+    if (are(a, bf16, b, e4m3))
+        return mma("grouped_gemm_mixed",
+                   transposed ? low ? "grouped_gemm_mixed_dgrad_low" : "grouped_gemm_mixed_dgrad"
+                   : low      ? "grouped_gemm_mixed_low"
+                              : "grouped_gemm_mixed",
+                   rows, 64);
+    if (are(a, e5m2, b, e4m3) && transposed)
+        return mma("grouped_gemm_fp8", low ? "grouped_gemm_e5m2_dgrad_low" : "grouped_gemm_e5m2_dgrad", rows);
+    return {};
+}
+
+// Within the tensor cores' kernels, and within the general ones, the tile changes no byte.
+Choice for_rows(const GroupedGemmArgs &args, bool transposed) {
+    const Choice choice = mma_for_rows(args, transposed, args.num_rows <= 32 * args.num_experts);
+    if (choice.exists() && !general_is_wanted())
+        return choice;
+    return args.num_rows <= 8 * args.num_experts ? general("grouped_gemm_few_rows", 8, 64)
+                                                 : general("grouped_gemm_general", 64, 32);
+}
+
+Choice for_wgrad(const GroupedGemmWgradArgs &args, Restarts restarts) {
+    const GemmOperand &g = args.grad_out, &a = args.a;
+    // blocks that run through the whole matrix fit a segment or not by where it starts
+    const bool fits = (!g.scales || restarts.grad_out) && (!a.scales || restarts.a);
+    if (fits && suits_mma(g, args.n, true) && suits_mma(a, args.k, true) && !general_is_wanted()) {
+        if (are(g, bf16, a, bf16))
+            return mma("grouped_gemm_bf16", "grouped_gemm_bf16_wgrad", 128);
+        if (are(g, e4m3, a, e4m3))
+            return mma("grouped_gemm_fp8", "grouped_gemm_fp8_wgrad", 128);
+        if (are(g, e5m2, a, e4m3))
+            return mma("grouped_gemm_fp8", "grouped_gemm_e5m2_wgrad", 128);
+    }
+    return general("grouped_gemm_wgrad_general", 64, 32);
+}
 
 constexpr int64_t tile_group = 12; // row tiles side by side; see place_of
 
-// The two give the same bytes.
-GeneralShape general_shape(const GroupedGemmArgs &args) {
-    if (args.num_rows <= 8 * args.num_experts)
-        return {"grouped_gemm_few_rows", 8, 64};
-    return {"grouped_gemm_general", 64, 32};
+template <class Args> void launch_tiles(const Stream &stream, const Choice &choice, int64_t tiles, const Args &args) {
+    launch(stream, choice.room, choice.kernel, {num_blocks(tiles), choice.threads, choice.shared_bytes}, args);
 }
 
-void multiply(const Stream &stream, GroupedGemmArgs &args, Restarts restarts, void *workspace, bool transposed) {
+void multiply(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace, bool transposed) {
     const int64_t num_cols = transposed ? args.k : args.n;
     check_sizes(args.num_rows, args.n, args.k);
     if (args.num_rows == 0 || num_cols == 0)
         return;
-    const GeneralShape shape = general_shape(args);
+    if (!general_is_wanted() && sm90::serves(device_info(stream.device), args, transposed))
+        return sm90::grouped_gemm(stream, args, transposed, workspace);
+    const Choice choice = for_rows(args, transposed);
     Cutter cutter(workspace);
     const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts,
-                                    shape.tile_rows, {restarts.a ? &args.a : nullptr, nullptr});
-    args.expert_offsets = plan.offsets;
+                                    choice.tile_rows, {restarts.a ? &args.a : nullptr, nullptr});
     args.a.expert_block_starts = plan.block_starts[0];
-    const int64_t tiles = most_tiles(args.num_rows, args.num_experts, shape.tile_rows);
-    launch(stream, "grouped_gemm", shape.kernel,
-           {num_blocks(tiles * divide_up(num_cols, shape.tile_cols)), 128, shape.shared_bytes()},
-           GeneralGemmArgs{args, plan, transposed, tile_group});
+    const int64_t tiles = most_tiles(args.num_rows, args.num_experts, choice.tile_rows);
+    launch_tiles(stream, choice, tiles * divide_up(num_cols, choice.tile_cols),
+                 RowsProductArgs{args, plan, transposed, tile_group});
 }
 
 } // namespace
 
-// Enough for either path: where `out` will lie is not known yet, and a path may ask for its alignment.
+// Enough for either path: where `out` will lie is not known yet, and Hopper's may ask for its alignment.
 size_t grouped_gemm_workspace(const Stream &stream, const GroupedGemmArgs &args, bool transposed) {
     Cutter cutter(nullptr);
-    cut_plan(cutter, args.num_rows, args.num_experts, general_shape(args).tile_rows);
+    cut_plan(cutter, args.num_rows, args.num_experts, for_rows(args, transposed).tile_rows);
     if (sm90::serves(device_info(stream.device), args, transposed))
         return std::max(cutter.size(), sm90::workspace(args, transposed));
     return cutter.size();
@@ -124,34 +209,29 @@ size_t grouped_gemm_wgrad_workspace(const Stream &stream, const GroupedGemmWgrad
     return cutter.size();
 }
 
-void grouped_gemm(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace) {
-    if (sm90::serves(device_info(stream.device), args, false))
-        return sm90::grouped_gemm(stream, args, false, workspace);
+void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, Restarts restarts, void *workspace) {
     multiply(stream, args, restarts, workspace, false);
 }
 
-void grouped_gemm_dgrad(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace) {
-    if (sm90::serves(device_info(stream.device), args, true))
-        return sm90::grouped_gemm(stream, args, true, workspace);
+void grouped_gemm_dgrad(const Stream &stream, const GroupedGemmArgs &args, Restarts restarts, void *workspace) {
     multiply(stream, args, restarts, workspace, true);
 }
 
-void grouped_gemm_wgrad(const Stream &stream, GroupedGemmWgradArgs args, Restarts restarts, void *workspace) {
-    check_sizes(args.num_rows, args.n, args.k);
-    if (args.num_experts == 0 || args.n == 0 || args.k == 0)
+void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &given, Restarts restarts, void *workspace) {
+    check_sizes(given.num_rows, given.n, given.k);
+    if (given.num_experts == 0 || given.n == 0 || given.k == 0)
         return;
-    if (sm90::serves_wgrad(device_info(stream.device), args, restarts.a && restarts.grad_out))
-        return sm90::grouped_gemm_wgrad(stream, args, workspace);
+    if (!general_is_wanted() && sm90::serves_wgrad(device_info(stream.device), given, restarts.grad_out && restarts.a))
+        return sm90::grouped_gemm_wgrad(stream, given, workspace);
+    GroupedGemmWgradArgs args = given;
+    const Choice choice = for_wgrad(args, restarts);
     Cutter cutter(workspace);
     const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, 0,
                                     {restarts.grad_out ? &args.grad_out : nullptr, restarts.a ? &args.a : nullptr});
-    args.expert_offsets = plan.offsets;
     args.grad_out.expert_block_starts = plan.block_starts[0];
     args.a.expert_block_starts = plan.block_starts[1];
-    const GeneralShape shape = {"grouped_gemm_wgrad_general", 64, 32};
-    const int64_t tiles = divide_up(args.n, shape.tile_rows) * divide_up(args.k, shape.tile_cols);
-    launch(stream, "grouped_gemm", shape.kernel, {num_blocks(args.num_experts * tiles), 128, shape.shared_bytes()},
-           GeneralWgradArgs{args, tile_group});
+    const int64_t tiles = divide_up(args.n, choice.tile_rows) * divide_up(args.k, choice.tile_cols);
+    launch_tiles(stream, choice, args.num_experts * tiles, WgradProductArgs{args, plan, tile_group});
 }
 
 } // namespace pyroute::cuda

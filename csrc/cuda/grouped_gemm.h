@@ -2,7 +2,8 @@
 //
 // Which kernel computes a product follows from its types, sizes and alignment alone, never from how many rows an expert
 // has, where two kernels would give different bytes: a row's bytes do not depend on its batch. On sm_90 the kernels of
-// sm90/ take what they serve; PYROUTE_GROUPED_GEMM=portable keeps to those of every card, to compare with.
+// sm90/ take what they serve, then the tensor-core kernels of every card, then those for any type and shape, which give
+// the CPU floor's bytes. To compare with: PYROUTE_GROUPED_GEMM=portable leaves the first out, =general the first two.
 #pragma once
 
 #include "../grouped_gemm.h"
@@ -20,8 +21,8 @@ struct Restarts {
 size_t grouped_gemm_workspace(const Stream &stream, const GroupedGemmArgs &args, bool transposed);
 size_t grouped_gemm_wgrad_workspace(const Stream &stream, const GroupedGemmWgradArgs &args, Restarts restarts);
 
-void grouped_gemm(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace);
-void grouped_gemm_dgrad(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace);
-void grouped_gemm_wgrad(const Stream &stream, GroupedGemmWgradArgs args, Restarts restarts, void *workspace);
+void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, Restarts restarts, void *workspace);
+void grouped_gemm_dgrad(const Stream &stream, const GroupedGemmArgs &args, Restarts restarts, void *workspace);
+void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, Restarts restarts, void *workspace);
 
 } // namespace pyroute::cuda

@@ -15,25 +15,12 @@
 // that a thread reads stay together.
 #pragma once
 
-#include "cuda/grouped_gemm_arguments.h"
-#include "cuda/grouped_gemm_elements.cuh"
+#include "cuda/grouped_gemm_operands.cuh"
 
 namespace pyroute::cuda {
 
 constexpr int general_threads = 128;
 constexpr int sum_lanes = 8;
-
-// One tile of X Y^T.
-struct GeneralTile {
-    GemmSide x, y;
-    uint32_t x_row, y_row; // the tile's first
-    int rows, cols;        // that exist
-    int64_t length;
-    void *out; // element (0, 0) of the tile
-    ElementType out_type;
-    int64_t out_stride;
-    bool accumulate;
-};
 
 template <int width> PYROUTE_DEVICE int place_in_side(int row, int k) {
     return k * width + (row ^ (k % 8 * 4 & (width - 1)));
@@ -124,7 +111,7 @@ PYROUTE_DEVICE float sum_of_lanes(const float (&t)[sum_lanes]) {
     return ((t[0] + t[4]) + (t[2] + t[6])) + ((t[1] + t[5]) + (t[3] + t[7]));
 }
 
-PYROUTE_DEVICE void write_sum(const GeneralTile &t, int row, int col, float sum) {
+PYROUTE_DEVICE void write_sum(const ProductTile &t, int row, int col, float sum) {
     const int64_t at = row * t.out_stride + col;
     if (t.out_type == ElementType::bfloat16) {
         static_cast<uint16_t *>(t.out)[at] = Bfloat16::narrow(sum);
@@ -135,7 +122,7 @@ PYROUTE_DEVICE void write_sum(const GeneralTile &t, int row, int col, float sum)
 }
 
 template <int tile_rows, int tile_cols, int thread_rows, int thread_cols>
-PYROUTE_DEVICE void multiply_tile(const GeneralTile &t, char *shared) {
+PYROUTE_DEVICE void multiply_tile(const ProductTile &t, char *shared) {
     constexpr int threads_across = tile_cols / thread_cols;
     static_assert(threads_across * (tile_rows / thread_rows) == general_threads, "each thread has sums");
     float *const x = reinterpret_cast<float *>(shared), *const y = x + tile_rows * block_depth;
@@ -184,59 +171,20 @@ PYROUTE_DEVICE void multiply_tile(const GeneralTile &t, char *shared) {
             write_sum(t, row + i, col + j, sum_of_lanes(total[i][j]));
 }
 
-// Forward and dgrad: a tile of rows, of one expert or past all of them, times a run of columns.
 template <int tile_rows, int tile_cols, int thread_rows, int thread_cols>
-PYROUTE_DEVICE void grouped_gemm_general(const GeneralGemmArgs &args) {
+PYROUTE_DEVICE void grouped_gemm_general(const RowsProductArgs &args) {
     PYROUTE_DYNAMIC_SHARED(shared);
-    const GroupedGemmArgs &g = args.gemm;
-    const int64_t num_cols = args.transposed ? g.k : g.n, num_tiles = *args.plan.num_tiles;
-    const int64_t num_n = divide_up<int64_t>(num_cols, tile_cols);
-    if (blockIdx.x >= num_tiles * num_n)
-        return;
-    const TilePlace place = place_of(blockIdx.x, num_tiles, num_n, args.tile_group);
-    const GemmTile tile = args.plan.tiles[place.m];
-    const int64_t col = place.n * tile_cols;
-    const bool exists = tile.expert >= 0; // else a contraction of no length: zeros
-    const int64_t expert = exists ? tile.expert : 0, begin = exists ? g.expert_offsets[expert] : 0;
-    GeneralTile t;
-    t.length = !exists ? 0 : args.transposed ? g.n : g.k;
-    t.x = side_of_segment(g.a, expert, begin, args.transposed ? g.n : g.k, false);
-    t.y = side_of_matrix(g.b, expert, g.n, g.k, args.transposed);
-    t.x_row = static_cast<uint32_t>(tile.row - begin);
-    t.y_row = static_cast<uint32_t>(col);
-    t.rows = tile.rows;
-    t.cols = static_cast<int>(min_of<int64_t>(num_cols - col, tile_cols));
-    t.out = static_cast<char *>(g.out) + (tile.row * num_cols + col) * item_size(g.out_type);
-    t.out_type = g.out_type;
-    t.out_stride = num_cols;
-    t.accumulate = false;
-    multiply_tile<tile_rows, tile_cols, thread_rows, thread_cols>(t, shared);
+    ProductTile tile;
+    if (find_tile<tile_rows, tile_cols>(args, tile))
+        multiply_tile<tile_rows, tile_cols, thread_rows, thread_cols>(tile, shared);
 }
 
-// wgrad: a tile of one expert's [N, K].
 template <int tile_rows, int tile_cols, int thread_rows, int thread_cols>
-PYROUTE_DEVICE void grouped_gemm_wgrad_general(const GeneralWgradArgs &args) {
+PYROUTE_DEVICE void grouped_gemm_wgrad_general(const WgradProductArgs &args) {
     PYROUTE_DYNAMIC_SHARED(shared);
-    const GroupedGemmWgradArgs &g = args.gemm;
-    const int64_t num_m = divide_up<int64_t>(g.n, tile_rows), num_n = divide_up<int64_t>(g.k, tile_cols);
-    const int64_t expert = blockIdx.x / (num_m * num_n);
-    const TilePlace place = place_of(blockIdx.x - expert * num_m * num_n, num_m, num_n, args.tile_group);
-    const int64_t begin = g.expert_offsets[expert], row = place.m * tile_rows, col = place.n * tile_cols;
-    GeneralTile t;
-    t.length = g.expert_offsets[expert + 1] - begin;
-    if (t.length == 0 && g.accumulate)
-        return;
-    t.x = side_of_segment(g.grad_out, expert, begin, g.n, true);
-    t.y = side_of_segment(g.a, expert, begin, g.k, true);
-    t.x_row = static_cast<uint32_t>(row);
-    t.y_row = static_cast<uint32_t>(col);
-    t.rows = static_cast<int>(min_of<int64_t>(g.n - row, tile_rows));
-    t.cols = static_cast<int>(min_of<int64_t>(g.k - col, tile_cols));
-    t.out = g.out + (expert * g.n + row) * g.k + col;
-    t.out_type = ElementType::float32;
-    t.out_stride = g.k;
-    t.accumulate = g.accumulate;
-    multiply_tile<tile_rows, tile_cols, thread_rows, thread_cols>(t, shared);
+    ProductTile tile;
+    if (find_tile<tile_rows, tile_cols>(args, tile))
+        multiply_tile<tile_rows, tile_cols, thread_rows, thread_cols>(tile, shared);
 }
 
 } // namespace pyroute::cuda

@@ -83,15 +83,16 @@ PYROUTE_DEVICE void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// Whether the card multiplies FP8 codes; where it does not, mma_fp8 must not be reached.
+// Whether the card multiplies FP8 codes at more than the rate of float16 (sm_90 and sm_100 take mma_fp8 too, as
+// conversions of every fragment for every product); where it is false, kernels convert and use mma_f16.
 PYROUTE_DEVICE constexpr bool native_fp8() {
-#if __CUDA_ARCH__ >= 890
+#if __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200
     return true;
 #else
     return false;
 #endif
 }
-// A of e5m2 codes if `a_e5m2`, else e4m3; B of e4m3 codes. K = 32.
+// A of e5m2 codes if `a_e5m2`, else e4m3; B of e4m3 codes. K = 32. Not to be reached below sm_89.
 template <bool a_e5m2> PYROUTE_DEVICE void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 890
     if constexpr (a_e5m2)
@@ -113,6 +114,22 @@ template <bool a_e5m2> PYROUTE_DEVICE void mma_fp8(float (&d)[4], const uint32_t
 PYROUTE_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     return __byte_perm(low, high, selector);
 }
+// Whether the card converts FP8 codes; below sm_89 f16_pair_of_e4m3 must not be reached.
+PYROUTE_DEVICE constexpr bool converts_fp8() {
+#if __CUDA_ARCH__ >= 890
+    return true;
+#else
+    return false;
+#endif
+}
+// The two codes in the low half as float16: exact, NaN codes as some NaN.
+PYROUTE_DEVICE uint32_t f16_pair_of_e4m3(uint32_t codes) {
+    uint32_t pair = 0;
+#if __CUDA_ARCH__ >= 890
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(codes)));
+#endif
+    return pair;
+}
 // Products of two pairs of bfloat16, each rounded once, subnormal numbers kept.
 PYROUTE_DEVICE uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) {
     uint32_t d;
@@ -123,3 +140,15 @@ PYROUTE_DEVICE uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) {
 } // namespace pyroute::cuda
 
 #endif
+
+namespace pyroute::cuda {
+
+struct alignas(8) WordPair {
+    uint32_t w[2];
+};
+PYROUTE_DEVICE WordPair load_word_pair(const void *from) { return *static_cast<const WordPair *>(from); }
+struct alignas(8) Float2 {
+    float x, y;
+};
+
+} // namespace pyroute::cuda

@@ -1,9 +1,10 @@
-// Operands of a grouped GEMM as a kernel sees them: one side of a product X Y^T, its elements in float32, its scales.
+// Operands of a grouped GEMM as its kernels see them: the two sides of a product X Y^T, and the tile of it that a block
+// computes.
 #pragma once
 
-#include "../grouped_gemm.h"
 #include "cuda/float_rows.cuh"
 #include "cuda/fp8.cuh"
+#include "cuda/grouped_gemm_arguments.h"
 
 namespace pyroute::cuda {
 
@@ -77,6 +78,67 @@ PYROUTE_DEVICE GemmSide side_of_segment(const GemmOperand &operand, int64_t e, i
     if (columns) // whether blocks fit would depend on where the segment starts, and so on the other experts
         s.keeps_scales = false;
     return s;
+}
+
+// What a block computes of X Y^T.
+struct ProductTile {
+    GemmSide x, y;
+    uint32_t x_row, y_row; // the tile's first
+    int rows, cols;        // that exist
+    int64_t length;        // of the contraction
+    void *out;             // element (0, 0) of the tile
+    ElementType out_type;
+    int64_t out_stride;
+    bool accumulate;
+};
+
+// Forward and dgrad: a tile of rows, of one expert or past all of them, times a run of columns. False: nothing to do.
+template <int tile_rows, int tile_cols> PYROUTE_DEVICE bool find_tile(const RowsProductArgs &args, ProductTile &t) {
+    const GroupedGemmArgs &g = args.gemm;
+    const int64_t length = args.transposed ? g.n : g.k, num_cols = args.transposed ? g.k : g.n;
+    const int64_t num_m = *args.plan.num_tiles, num_n = divide_up<int64_t>(num_cols, tile_cols);
+    if (blockIdx.x >= num_m * num_n)
+        return false;
+    const TilePlace place = place_of(blockIdx.x, num_m, num_n, args.tile_group);
+    const GemmTile tile = args.plan.tiles[place.m];
+    const int64_t col = place.n * tile_cols;
+    const bool exists = tile.expert >= 0; // else a contraction of no length: zeros
+    const int64_t expert = exists ? tile.expert : 0, begin = exists ? args.plan.offsets[expert] : 0;
+    t.length = exists ? length : 0;
+    t.x = side_of_segment(g.a, expert, begin, length, false);
+    t.y = side_of_matrix(g.b, expert, g.n, g.k, args.transposed);
+    t.x_row = static_cast<uint32_t>(tile.row - begin);
+    t.y_row = static_cast<uint32_t>(col);
+    t.rows = tile.rows;
+    t.cols = static_cast<int>(min_of<int64_t>(num_cols - col, tile_cols));
+    t.out = static_cast<char *>(g.out) + (tile.row * num_cols + col) * item_size(g.out_type);
+    t.out_type = g.out_type;
+    t.out_stride = num_cols;
+    t.accumulate = false;
+    return true;
+}
+
+// wgrad: a tile of one expert's [N, K].
+template <int tile_rows, int tile_cols> PYROUTE_DEVICE bool find_tile(const WgradProductArgs &args, ProductTile &t) {
+    const GroupedGemmWgradArgs &g = args.gemm;
+    const int64_t num_m = divide_up<int64_t>(g.n, tile_rows), num_n = divide_up<int64_t>(g.k, tile_cols);
+    const int64_t expert = blockIdx.x / (num_m * num_n);
+    const TilePlace place = place_of(blockIdx.x - expert * num_m * num_n, num_m, num_n, args.tile_group);
+    const int64_t begin = args.plan.offsets[expert], row = place.m * tile_rows, col = place.n * tile_cols;
+    t.length = args.plan.offsets[expert + 1] - begin;
+    if (t.length == 0 && g.accumulate)
+        return false;
+    t.x = side_of_segment(g.grad_out, expert, begin, g.n, true);
+    t.y = side_of_segment(g.a, expert, begin, g.k, true);
+    t.x_row = static_cast<uint32_t>(row);
+    t.y_row = static_cast<uint32_t>(col);
+    t.rows = static_cast<int>(min_of<int64_t>(g.n - row, tile_rows));
+    t.cols = static_cast<int>(min_of<int64_t>(g.k - col, tile_cols));
+    t.out = g.out + (expert * g.n + row) * g.k + col;
+    t.out_type = ElementType::float32;
+    t.out_stride = g.k;
+    t.accumulate = g.accumulate;
+    return true;
 }
 
 } // namespace pyroute::cuda
