@@ -37,6 +37,8 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--columns", default="", help="only columns whose name contains one of these, with commas")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
     parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
+    parser.add_argument("--plot", metavar="FILE.html", help="one page with pictures of everything that was measured")
+    parser.add_argument("--compare", metavar="OLD.json", help="what became slower since; exit status 1 if anything did")
     add_measuring(parser, quick="small shapes: whether it runs")
 
 

@@ -107,12 +107,17 @@ def bar_line(bar: Any, value: float | None) -> dict[str, Any]:
     }
 
 
+def missing(everyone: list[Any]) -> list[str]:
+    """The peers that could not be loaded, and why."""
+    return [f"missing: {peer.name}: {peer.problem}" for peer in everyone if peer.problem]
+
+
 def show(outcomes: list[Any], everyone: list[Any], args: Any) -> None:
     for outcome in outcomes:
         title, header, rows, notes = table(outcome)
         print_table(title, header, rows, notes)
     rows = [bar_row(outcome, bar, value) for outcome in outcomes for bar, value in outcome.bars]
-    notes = [f"missing: {peer.name}: {peer.problem}" for peer in everyone if peer.problem]
+    notes = missing(everyone)
     if args.interrupted:
         notes.append("interrupted: the rows above are what had been measured")
     print_table(

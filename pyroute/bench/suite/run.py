@@ -17,7 +17,7 @@ from typing import Any
 from ..limits import measure_limits
 from ..machine import available_memory
 from ..terminal import progress, write_json
-from . import alone, bars, harness, options, peers, records, report, shapes
+from . import alone, bars, changes, harness, options, page, peers, records, report, shapes
 from .peers.ours import set_threads
 
 
@@ -113,22 +113,31 @@ def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
 
 
 def bench(args: argparse.Namespace) -> int:
-    """The command: measure, write, show; 130 if it was interrupted, with what had been measured until then."""
+    """The command: measure, write, show; 130 if it was interrupted, 1 if something became slower."""
     options.check(args, rounds=9, quick_rounds=3)
     args.rows = options.some_of("OP", args.rows, options.ROWS)
     options.load(args.load)
     args.memory = available_memory() // 3  # of one form of the weights: peers keep their own, wider or narrower
     args.interrupted = False
+    old = changes.read(args.compare) if args.compare else []
     started, facts = time.time(), records.common_facts()
     with quiet_stdout():
         everyone = list(peers.load(peers.MODULES if args.peers else ("ours", "machine")))
         outcomes = run(args, everyone)
     lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
+    changed = changes.find(old, lines)
     if args.json:
-        write_json({**facts, "seconds": time.time() - started, "lines": lines}, args.json)
+        found = {"changes": [change.as_dict() for change in changed]} if args.compare else {}
+        write_json({**facts, "seconds": time.time() - started, "lines": lines, **found}, args.json)
     if args.json != "-":
         report.show(outcomes, everyone, args)
+        if args.compare:
+            changes.show(changed, changes.machine_changed(old, lines), args.compare)
+    if args.plot:
+        page.write(args.plot, facts, lines, report.missing(everyone))
     if args.record and lines:
         path = records.append(lines, {**facts, "threads": args.threads})
         print(f"{len(lines)} lines added to {os.path.relpath(path)}", file=sys.stderr)
-    return 130 if args.interrupted else 0
+    if args.interrupted:
+        return 130
+    return 1 if any(change.verdict == "slower" for change in changed) else 0
