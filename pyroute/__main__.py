@@ -1,7 +1,7 @@
 """``python -m pyroute``, or ``pyroute``: look at the installation, see it work, check it.
 
-Exit status: 0 done, 1 ``check`` found a difference or ``bench --compare`` something slower, 2 the command cannot be done
-as asked, 130 interrupted, 141 the reader of a pipe went away.
+Exit status: 0 done, 1 ``check`` found a difference or ``bench --compare`` something slower, 2 the command cannot be
+done as asked, 130 interrupted, 141 the reader of a pipe went away.
 """
 
 from __future__ import annotations
