@@ -44,7 +44,8 @@ def title(lines: list[Line]) -> str:
     return (
         f"# {last['cpu']}, {last['cores']} cores, {last['compiler']}\n\n"
         f"Measured {' to '.join(days[:1] + days[1:][-1:])} at {commits}; written by `python benches/summary.py`.\n"
-        "[docs/benchmarking.md](../../docs/benchmarking.md) holds the rules.\n"
+        "[docs/benchmarking.md](../../docs/benchmarking.md) holds the rules; "
+        "no figure of a GPU exists yet, [gpu.md](gpu.md) lists what is owed.\n"
     )
 
 

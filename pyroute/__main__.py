@@ -142,10 +142,21 @@ def run_check(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     from .bench import terminal
+
+    if args.gpu:
+        return run_gpu_bench(args)
     from .bench.suite.run import bench
 
     if args.json != "-":
         terminal.report_console()  # raises before anything is measured if nothing could be shown
+    return bench(args)
+
+
+def run_gpu_bench(args: argparse.Namespace) -> int:
+    try:
+        from .bench.suite.gpu.run import bench
+    except ImportError as error:
+        raise UsageError(f"bench --gpu needs PyTorch: {error}") from None
     return bench(args)
 
 

@@ -37,6 +37,8 @@ _CARRIERS = {
     for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2", "float8_e8m0fnu")
 }
 
+DEVICE_TYPES = ("cuda",)  # where memory has addresses that the CUDA kernels take
+
 _Memory = ctypes.c_char * 2**46  # all of it: np.ndarray takes a buffer at least as long as the array
 
 
@@ -65,7 +67,7 @@ def on_host(tensor: Tensor) -> bool:
 def array(function: str, argument: str, tensor: Tensor) -> Array:
     """The tensor's memory as an array; TypeError in one sentence for a tensor that has none that could be read."""
     host = on_host(tensor)
-    if not host and not tensor.is_cuda:
+    if not host and tensor.device.type not in DEVICE_TYPES:
         raise _check.type_error(function, argument, "on the CPU or a CUDA device", on(tensor))
     dtype = NUMPY_DTYPES.get(tensor.dtype)
     if dtype is None or tensor.layout is not torch.strided:

@@ -21,8 +21,9 @@ from .quantization import Fp8Tensor
 class RoutePlan(NamedTuple):
     """The maps of :class:`pyroute.RoutePlan` as tensors, with a number of rows that does not depend on the ids.
 
-    R is ``T * k + min(E, T * k) * (alignment - 1)``, the most rows that ids of this shape can need; with alignment 1
-    and every slot routed it is what they need. Rows past ``expert_offsets[-1]`` are padding.
+    R is ``T * k + min(E, T * k) * (alignment - 1)`` rounded down to a multiple of ``alignment``, the most rows that ids
+    of this shape can need; with alignment 1 and every slot routed it is what they need. Rows past
+    ``expert_offsets[-1]`` are padding.
 
     Attributes
     ----------
@@ -91,9 +92,9 @@ def _core_plan(function: str, row_to_token: Tensor, token_to_row: Tensor) -> Any
 
 
 def most_rows(num_tokens: Any, top_k: Any, num_experts: int, alignment: int) -> Any:
-    """The static number of rows; sizes may be symbols."""
+    """The static number of rows, that of a plan on a GPU; sizes may be symbols."""
     slots = num_tokens * top_k
-    return slots + torch.sym_min(slots, num_experts) * (alignment - 1)
+    return (slots + torch.sym_min(slots, num_experts) * (alignment - 1)) // alignment * alignment
 
 
 # --- plan_routes ------------------------------------------------------------------------------------------------------
@@ -103,9 +104,7 @@ def _plan_kernel(topk_idx: Tensor, num_experts: int, alignment: int) -> tuple[Te
     plan = core_plan.plan_routes(ids_array("plan_routes", "topk_idx", topk_idx), num_experts, alignment=alignment)
     rows = plan.row_to_token
     num_rows = most_rows(plan.num_tokens, plan.top_k, num_experts, alignment)
-    if num_rows < plan.num_rows:  # a GPU's plan has room for a partial block of every expert, more than there are slots
-        rows = rows[:num_rows]
-    elif num_rows > plan.num_rows:
+    if num_rows > plan.num_rows:  # never on a GPU
         rows = np.concatenate([rows, np.full(num_rows - plan.num_rows, -1, np.int32)])
     return tuple(tensor(m) for m in (plan.tokens_per_expert, plan.expert_offsets, rows, plan.token_to_row))
 

@@ -24,6 +24,7 @@ def add_measuring(parser: argparse.ArgumentParser, *, quick: str) -> None:
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="OP", nargs="*", help=f"some of {', '.join(ROWS)} (default: all)")
+    parser.add_argument("--gpu", action="store_true", help="the CUDA kernels and their peers on the current GPU")
     parser.add_argument("--peers", action="store_true", help="other libraries beside pyroute, those that are installed")
     parser.add_argument(
         "--model", metavar="NAME", choices=pyroute.presets(), help="every operation on this model's layer"

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..machine import cores, cpu_model, describe_machine
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 # of what could change a time: not the records of the same hour, and their plots
 CHANGES = ("status", "--porcelain", "-uno", "--", ".", ":!benches/results", ":!docs")
 
