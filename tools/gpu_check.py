@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Everything that has to hold on a GPU, in one command of under eight minutes: build, correctness, speed.
+
+    python tools/gpu_check.py                    on a machine with a GPU; needs NumPy, ml_dtypes and pytest
+    python tools/gpu_check.py --json out.json    the results and the end of every stage's output too
+    python tools/gpu_check.py --quick            fewer repeats, no sanitizer, small benchmarks
+    python tools/gpu_check.py --stage exact      some stages
+    python tools/gpu_check.py --emulated         without a GPU: the correctness stages on the emulated one
+
+Every stage is a process of its own with its own time, prints one line, and says what it skipped and why. A stage whose
+requirement failed is skipped; the others go on. Whatever a kernel does to the GPU ends with its process. PyTorch is
+needed for its own operations and the benchmarks; compute-sanitizer, CuPy and DeepGEMM are used where they are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+HERE = str(ROOT / "tools/gpu_stages.py")
+OUTPUT_KEPT = 6000  # characters of a stage's output in the JSON file
+
+
+class Stage(NamedTuple):
+    name: str
+    seconds: int  # at most
+    needs: tuple[str, ...]
+    emulated: bool  # whether it also runs without a GPU
+    quick: bool  # whether --quick runs it
+    command: tuple[str, ...]
+
+
+def child(name: str) -> tuple[str, ...]:
+    return (sys.executable, HERE, name)
+
+
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25")
+
+STAGES = (
+    Stage("build", 200, (), True, True, child("build")),
+    Stage("device", 60, ("build",), True, True, child("device")),
+    Stage("exact", 90, ("device",), True, True, child("exact")),
+    Stage("tests", 150, ("device",), False, True, (*PYTEST, "tests/cuda")),
+    Stage("pytorch", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_pytorch.py")),
+    Stage("graphs", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_graph_capture.py")),
+    Stage("repeats", 60, ("device",), True, True, child("repeats")),
+    Stage("nvrtc", 90, ("device",), False, False, child("nvrtc")),
+    Stage("cupy", 60, ("device",), False, True, child("cupy")),
+    *(
+        Stage(tool, 60, ("device",), False, False, child(tool))
+        for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
+    ),
+    Stage("bench", 170, ("device",), True, True, child("bench")),
+)
+NAMES = tuple(stage.name for stage in STAGES)
+
+
+class Result(NamedTuple):
+    stage: str
+    status: str  # ok, failed, skipped
+    seconds: float
+    note: str  # one line
+    output: str = ""
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_check.py", description=__doc__.splitlines()[0])
+    parser.add_argument("--stage", action="append", default=[], metavar="NAME", help=f"only these: {', '.join(NAMES)}")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, no sanitizer, small benchmarks")
+    parser.add_argument("--emulated", action="store_true", help="on the emulated GPU; implies --quick")
+    parser.add_argument("--json", metavar="FILE", help="write the results")
+    parser.add_argument("--verbose", action="store_true", help="print what every stage prints, not only of failed ones")
+    args = parser.parse_args(argv)
+    names = [name for given in args.stage for name in given.split(",")]
+    if unknown := [name for name in names if name not in NAMES]:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    args.stage = names or list(NAMES)
+    args.quick |= args.emulated
+    return args
+
+
+def environment(args: argparse.Namespace, folder: str) -> dict[str, str]:
+    made = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", PYTHONUNBUFFERED="1")
+    made["PYROUTE_TEST_DEVICE"] = "emulated" if args.emulated else "real"
+    made["PYROUTE_GPU_CHECK"] = "quick" if args.quick else "full"
+    made["PYROUTE_GPU_CHECK_FOLDER"] = folder
+    if args.emulated:
+        made["PYROUTE_EMULATOR_REQUIRED"] = "1"
+    else:
+        made.pop("PYROUTE_CUDA_DRIVER", None)
+    return made
+
+
+def run(stage: Stage, args: argparse.Namespace, folder: str) -> Result:
+    """The stage in a process group of its own, which is ended when its time is up."""
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            stage.command, cwd=ROOT, env=environment(args, folder), stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            code = process.wait(stage.seconds)
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        output.seek(0)
+        text = output.read()
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = lines[-1] if lines else "it printed nothing"
+    seconds = time.monotonic() - start
+    if code is None:
+        return Result(stage.name, "failed", seconds, f"not done after {stage.seconds} s; last: {last}", text)
+    if code == 77 or (code == 5 and "pytest" in stage.command):  # pytest's 5: no tests
+        return Result(stage.name, "skipped", seconds, last, text)
+    status = "ok" if code == 0 else "failed"
+    return Result(stage.name, status, seconds, last if code in (0, 1) else f"exit status {code}: {last}", text)
+
+
+def check(args: argparse.Namespace, folder: str) -> list[Result]:
+    results: dict[str, Result] = {}
+    for stage in STAGES:
+        if stage.name not in args.stage:
+            continue
+        missing = [name for name in stage.needs if name in results and results[name].status != "ok"]
+        if args.emulated and not stage.emulated:
+            result = Result(stage.name, "skipped", 0, "needs a GPU")
+        elif args.quick and not stage.quick:
+            result = Result(stage.name, "skipped", 0, "not part of --quick")
+        elif missing:
+            result = Result(stage.name, "skipped", 0, f"{missing[0]} {results[missing[0]].status}")
+        else:
+            result = run(stage, args, folder)
+        results[stage.name] = result
+        print(f"{result.stage:10} {result.status:8} {result.seconds:6.1f} s  {result.note}", flush=True)
+        if result.output and (args.verbose or result.status == "failed"):
+            print("".join(f"    {line}\n" for line in result.output.splitlines()[-60:]), end="", flush=True)
+    return list(results.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        results = check(args, folder)
+        found: dict[str, Any] = {
+            name: json.loads(path.read_text())
+            for name in ("device", "bench")
+            if (path := Path(folder, f"{name}.json")).exists()
+        }
+    counts = {status: sum(result.status == status for result in results) for status in ("ok", "failed", "skipped")}
+    summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+    print(f"{'total':10} {summary}, {time.monotonic() - start:.0f} s{', emulated' if args.emulated else ''}")
+    if args.json:
+        stages = [result._replace(output=result.output[-OUTPUT_KEPT:])._asdict() for result in results]
+        Path(args.json).write_text(json.dumps({"emulated": args.emulated, **found, "stages": stages}, indent=1) + "\n")
+    return 1 if counts["failed"] else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

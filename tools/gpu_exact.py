@@ -1,0 +1,247 @@
+"""Work for gpu_check.py: products whose sums are exact, and every operation on arrays that may lie anywhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import emulated
+import ml_dtypes
+import numpy as np
+
+import pyroute
+from pyroute import Fp8Array, RouterConfig
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+BOUNDED = ("gemm", "dgrad", "wgrad", "moe")  # operations whose sums may be in another order than the CPU's
+
+Put = Callable[[np.ndarray], Any]
+
+if why := emulated.build():
+    raise SystemExit(why)
+
+
+# --- exact products ---------------------------------------------------------------------------------------------------
+# Operands in {-1, 0, 1} and scales that are powers of two make every partial sum a float32: whatever the order of
+# summation, the tile and the instruction, there is one right answer, to the bit.
+
+
+def run(real: bool, quick: bool) -> str:
+    """The sentence that says what was found equal; raises at the first difference."""
+    rng = np.random.default_rng(20240607)
+    checked = 0
+    for counts, n, k in shapes(real, quick):
+        for kind in ("fp8", "bfloat16", "float32"):
+            product(rng, counts, n, k, kind)
+            checked += 3
+    return f"{checked} products of FP8, bfloat16 and float32 equal their exact values"
+
+
+def shapes(real: bool, quick: bool) -> Iterator[tuple[list[int], int, int]]:
+    """Rows per expert, N and K: around the tiles' edges, and around whole waves of tiles on a large card."""
+    ragged = [0, 1, 63, 64, 65, 127, 0, 128, 129, 200]
+    if not real:
+        yield [0, 1, 65, 130], 192, 256
+        yield [129], 136, 128
+        return
+    yield from ((ragged, n, k) for n, k in itertools.product((64, 128, 192, 320), (128, 256, 1024)))
+    yield ragged, 100, 72  # no multiple of anything
+    for tiles in (1, 2, 131, 132, 133, 264, 265) if not quick else (133,):
+        yield [128 * tiles - 5], 128, 512
+        yield [128] * tiles, 128, 256
+    yield [3000, 1, 0, 5000], 1024, 2048
+
+
+def small_values(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return rng.integers(-1, 2, shape).astype(np.float32)
+
+
+def powers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    return np.exp2(rng.integers(-2, 3, shape)).astype(np.float32)
+
+
+def product(rng: np.random.Generator, counts: list[int], n: int, k: int, kind: str) -> None:
+    """Forward, dgrad and wgrad of one shape."""
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    rows, experts = int(offsets[-1]), len(counts)
+    a, b, grad = (small_values(rng, shape) for shape in ((rows, k), (experts, n, k), (rows, n)))
+    (a_given, a_value), (b_given, b_value), (g_given, g_value) = (
+        operand(rng, x, kind, block) for x, block in ((a, (1, 128)), (b, (128, 128)), (grad, (1, 128)))
+    )
+    segments = [slice(offsets[e], offsets[e + 1]) for e in range(experts)]
+    at = emulated.to_device(offsets)
+    where = f"{kind} rows {counts if experts < 12 else f'{experts} x {counts[0]}'} N {n} K {k}"
+
+    forward = np.concatenate([a_value[s] @ b_value[e].T for e, s in enumerate(segments)])
+    equal(f"gemm {where}", pyroute.grouped_gemm(a_given, b_given, at, out_dtype="float32"), forward)
+    equal(f"gemm {where}", pyroute.grouped_gemm(a_given, b_given, at, out_dtype="bfloat16"), forward)
+    backward = np.concatenate([g_value[s] @ b_value[e] for e, s in enumerate(segments)])
+    equal(f"dgrad {where}", pyroute.grouped_gemm_dgrad(g_given, b_given, at, out_dtype="float32"), backward)
+    if kind == "fp8":  # along tokens
+        (a_given, a_value), (g_given, g_value) = (along_tokens(rng, x, offsets) for x in (a, grad))
+    weights = np.stack([g_value[s].T @ a_value[s] for s in segments])
+    equal(f"wgrad {where}", pyroute.grouped_gemm_wgrad(g_given, a_given, at), weights)
+
+
+def operand(rng: np.random.Generator, x: np.ndarray, kind: str, block: tuple[int, int]) -> tuple[Any, np.ndarray]:
+    """On the device, and its value in float64."""
+    if kind != "fp8":
+        return emulated.to_device(x.astype(BFLOAT16 if kind == "bfloat16" else np.float32)), x.astype(np.float64)
+    scales = powers(rng, (*x.shape[:-2], -(-x.shape[-2] // block[0]), -(-x.shape[-1] // block[1])))
+    wide = scales.repeat(block[0], axis=-2)[..., : x.shape[-2], :].repeat(block[1], axis=-1)[..., : x.shape[-1]]
+    codes = emulated.to_device(x.astype(ml_dtypes.float8_e4m3fn))
+    return Fp8Array(codes, emulated.to_device(scales), block), (x * wide).astype(np.float64)
+
+
+def along_tokens(rng: np.random.Generator, x: np.ndarray, offsets: np.ndarray) -> tuple[Any, np.ndarray]:
+    """In blocks of 128 rows of one expert, with as many rows of scales as an array on a GPU has."""
+    counts, experts = np.diff(offsets), len(offsets) - 1
+    scales = powers(rng, ((x.shape[0] + experts * 127) // 128, x.shape[1]))
+    starts = np.concatenate([[0], np.cumsum(-(-counts // 128))])
+    row = np.arange(x.shape[0])
+    expert = np.searchsorted(offsets[1:], row, side="right")
+    value = x * scales[starts[expert] + (row - offsets[expert]) // 128]
+    codes = emulated.to_device(x.astype(ml_dtypes.float8_e4m3fn))
+    given = Fp8Array(codes, emulated.to_device(scales), (128, 1), expert_offsets=emulated.to_device(offsets))
+    return given, value.astype(np.float64)
+
+
+def equal(what: str, got: Any, exact: np.ndarray) -> None:
+    host = emulated.to_host(got)
+    rounded = exact.astype(np.float32).astype(host.dtype)
+    wrong = np.argwhere(~(host.astype(np.float32) == rounded.astype(np.float32)))
+    if host.shape != rounded.shape or len(wrong):
+        place = tuple(int(i) for i in wrong[0]) if len(wrong) else ()
+        found = (
+            f"{len(wrong)} of {host.size} differ, first {host[place]} for {rounded[place]} at {place}" if place else ""
+        )
+        raise SystemExit(f"{what}: {host.dtype} {list(host.shape)} {found}")
+
+
+# --- every operation --------------------------------------------------------------------------------------------------
+
+
+def operations(put: Put, small: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Calls on the same inputs wherever ``put`` puts them; each gives an array or a tuple of them."""
+    rng = np.random.default_rng(7)
+    tokens, experts, hidden, inner, top_k = (40, 8, 256, 128, 2) if small else (2048, 64, 1024, 512, 8)
+    config = RouterConfig(experts, top_k, "sigmoid", num_groups=4, topk_groups=2, renormalize="sum")
+    logits, bias = put(normal(rng, tokens, experts)), put(normal(rng, experts) / 100)
+    gating = pyroute.topk_gating(logits, config, bias=bias)
+    ids, weights = gating.topk_idx, gating.topk_weights
+    grad_weights = put(normal(rng, tokens, top_k))
+    yield "topk_gating", lambda: pyroute.topk_gating(logits, config, bias=bias)
+    yield (
+        "topk_gating_backward",
+        lambda: pyroute.topk_gating_backward(
+            grad_weights, logits, gating, config, balance_loss_coef=1e-2, z_loss_coef=1e-3
+        ),
+    )
+    plan = pyroute.plan_routes(ids, experts, alignment=16)
+    yield "plan_routes", lambda: plan_parts(pyroute.plan_routes(ids, experts, alignment=16))
+    x = put(normal(rng, tokens, hidden).astype(BFLOAT16))
+    rows = pyroute.permute(x, plan)
+    yield "permute", lambda: pyroute.permute(x, plan)
+    yield "unpermute", lambda: pyroute.unpermute(rows, plan, weights)
+    yield "unpermute_backward", lambda: pyroute.unpermute_backward(x, rows, plan, weights)
+    yield "permute_quantize", lambda: codes_of(pyroute.permute_quantize(x, plan))
+    yield "quantize_fp8", lambda: codes_of(pyroute.quantize_fp8(x))
+    yield "quantize_fp8 weights", lambda: codes_of(pyroute.quantize_fp8(x, block=(128, 128)))
+    offsets = plan.expert_offsets
+    yield "quantize_fp8 tokens", lambda: codes_of(pyroute.quantize_fp8(rows, block=(128, 1), expert_offsets=offsets))
+    yield "dequantize_fp8", lambda: pyroute.dequantize_fp8(pyroute.quantize_fp8(x), "bfloat16")
+
+    w_gate_up = put((normal(rng, experts, 2 * inner, hidden) / 16).astype(BFLOAT16))
+    w_down = put((normal(rng, experts, hidden, inner) / 16).astype(BFLOAT16))
+    gate_up8, down8 = (pyroute.quantize_fp8(w, block=(128, 128)) for w in (w_gate_up, w_down))
+    rows8 = pyroute.permute_quantize(x, plan)
+    wide = pyroute.grouped_gemm(rows, w_gate_up, offsets)
+    yield "gemm bfloat16", lambda: pyroute.grouped_gemm(rows, w_gate_up, offsets)
+    yield "gemm fp8", lambda: pyroute.grouped_gemm(rows8, gate_up8, offsets)
+    yield "dgrad", lambda: pyroute.grouped_gemm_dgrad(wide, gate_up8, offsets, out_dtype="bfloat16")
+    yield "wgrad", lambda: pyroute.grouped_gemm_wgrad(wide, rows, offsets)
+    yield (
+        "wgrad fp8",
+        lambda: pyroute.grouped_gemm_wgrad(
+            *(pyroute.quantize_fp8(r, block=(128, 1), expert_offsets=offsets) for r in (wide, rows)), offsets
+        ),
+    )
+    for name, given, how in (
+        ("moe bfloat16", (w_gate_up, w_down), {}),
+        ("moe fp8", (gate_up8, down8), {"quantize_activations": True, "quantize_gradients": True}),
+    ):
+        yield name, lambda given=given, how=how: layer(x, ids, weights, given, how)
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal(shape, np.float32)
+
+
+def plan_parts(plan: Any) -> tuple[Any, ...]:
+    return plan.tokens_per_expert, plan.expert_offsets, plan.row_to_token, plan.token_to_row
+
+
+def codes_of(q: Fp8Array) -> tuple[Any, Any]:
+    return q.codes, q.scales
+
+
+def layer(x: Any, ids: Any, weights: Any, experts: tuple[Any, Any], how: dict[str, Any]) -> tuple[Any, ...]:
+    y, saved = pyroute.moe_forward(x, ids, weights, *experts, return_saved=True, **how)
+    return y, *(grad for grad in pyroute.moe_backward(x, saved) if grad is not None)
+
+
+def calls(small: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    return operations(emulated.to_device, small)
+
+
+def content(result: Any) -> bytes:
+    return b"".join(part.tobytes() for part in host_parts(result))
+
+
+def host_parts(result: Any) -> list[np.ndarray]:
+    parts = result if isinstance(result, tuple) else (result,)
+    return [part.get() if hasattr(part, "get") else np.asarray(emulated.to_host(part)) for part in parts]
+
+
+def repeats(times: int) -> str:
+    """Every operation ``times`` times, taking turns, so that each runs into what another has left."""
+    work = list(calls(small=not emulated.REAL))
+    first = {name: content(call()) for name, call in work}
+    for turn in range(1, times):
+        for name, call in work:
+            if content(call()) != first[name]:
+                raise SystemExit(f"{name}: other bytes in repetition {turn}")
+    return f"{len(work)} operations, {times} times each, the same bytes"
+
+
+def on_cupy(cupy: Any) -> str:
+    """CuPy's arrays give the CPU's bytes, products within the rounding of a bfloat16."""
+    ours = operations(lambda x: put_on(cupy, x), small=True)
+    host = operations(lambda x: x, small=True)
+    names = []
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        for (name, call), (_, on_host) in zip(ours, host, strict=True):
+            got, want = host_parts(call()), host_parts(on_host())
+            compare = close if name.startswith(BOUNDED) else same
+            stream.synchronize()
+            if not all(compare(a, b) for a, b in zip(got, want, strict=True)):
+                raise SystemExit(f"{name}: CuPy's arrays give something else than the CPU")
+            names.append(name)
+    return f"{len(names)} operations on CuPy's arrays"
+
+
+def put_on(cupy: Any, x: np.ndarray) -> Any:
+    return cupy.asarray(x)
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal bytes, as far as both have rows: on a GPU there are as many as any ids could need."""
+    rows = min(len(a), len(b))
+    return a[:rows].tobytes() == b[:rows].tobytes()
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    rows = min(len(a), len(b))
+    a, b = a[:rows].astype(np.float64), b[:rows].astype(np.float64)
+    return bool(np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b))

@@ -1,0 +1,217 @@
+"""The stages of gpu_check.py that are no test files: each a function, run in a process of its own.
+
+A stage prints what it did, last a line for the summary, and exits with 0, with 1 where something is wrong, or with 77
+where it cannot run here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+ROOT = Path(__file__).resolve().parent.parent
+REAL = os.environ.get("PYROUTE_TEST_DEVICE") == "real"
+QUICK = os.environ.get("PYROUTE_GPU_CHECK") == "quick"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/cuda")]
+
+
+def skip(why: str) -> NoReturn:
+    print(why)
+    raise SystemExit(77)
+
+
+def program(name: str) -> str | None:
+    """On the PATH, beside this Python, or where CUDA installs itself."""
+    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/local/cuda/bin"]
+    return shutil.which(name, path=os.pathsep.join(places))
+
+
+def output_of(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+# --- build and device -------------------------------------------------------------------------------------------------
+
+
+def build() -> None:
+    """The extensions and the images for this card, in place; what is built already and newer than its sources stays."""
+    start = time.monotonic()
+    cmake = program("cmake")
+    if cmake is None:
+        import pyroute
+
+        why = pyroute.backends()["cuda"].reason
+        print(f"no cmake here: the package as it is installed{f': {why}' if why else ''}")
+        return
+    folder = ROOT / "build/gpu_check"
+    configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
+    configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'pyroute'}", "--log-level=WARNING"]
+    configure += [f"-DPYROUTE_CUDA={'AUTO' if REAL else 'OFF'}"]
+    if REAL and (archs := architectures()):
+        configure += [f"-DPYROUTE_CUDA_ARCHS={';'.join(archs)}"]
+    if program("ninja"):
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"]
+    for command in (configure, [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]):
+        if subprocess.run(command).returncode:
+            print("the build failed")
+            raise SystemExit(1)
+    print(f"built in {time.monotonic() - start:.0f} s, nvcc: {program('nvcc') or 'none, kernels through NVRTC'}")
+
+
+def architectures() -> list[str]:
+    """Those that the cards of this machine take, in CMake's words."""
+    found = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
+    numbers = sorted({int(capability.replace(".", "")) for capability in found})
+    return [f"{number}a" if number >= 90 else "80" for number in numbers]
+
+
+def device() -> None:
+    """What this machine is, and that every kernel's image loads."""
+    import emulated
+
+    if why := emulated.build():
+        print(why)
+        raise SystemExit(1)
+    import pyroute
+
+    backend = pyroute.backends()["cuda"]
+    query = (
+        "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,memory.total,power.limit",
+        "--format=csv,noheader",
+    )
+    facts: dict[str, Any] = {
+        "cuda": backend._asdict(),
+        "cupy": pyroute.backends()["cupy"]._asdict(),
+        "python": platform.python_version(),
+        "card": output_of("nvidia-smi", *query) if REAL else "emulated",
+        "nvcc": (output_of(program("nvcc") or "nvcc", "--version").splitlines() or ["none"])[-1],
+        "sanitizer": program("compute-sanitizer") or "none",
+        "packages": {name: version_of(name) for name in ("numpy", "torch", "cupy", "deep_gemm", "pytest")},
+    }
+    for name, value in facts.items():
+        print(f"{name}: {value}")
+    Path(os.environ["PYROUTE_GPU_CHECK_FOLDER"], "device.json").write_text(json.dumps(facts))
+    if not backend.available:
+        print(f"no CUDA kernels: {backend.reason}")
+        raise SystemExit(1)
+    print(f"{backend.device}, kernels: {backend.kernels}")
+
+
+def version_of(package: str) -> str:
+    code = f"import {package}; print(getattr({package}, '__version__', 'there'))"
+    return (output_of(sys.executable, "-c", code).splitlines() or ["not installed"])[-1]
+
+
+# --- correctness ------------------------------------------------------------------------------------------------------
+
+
+def exact() -> None:
+    import gpu_exact
+
+    print(gpu_exact.run(REAL, QUICK))
+
+
+def repeats() -> None:
+    """The same call gives the same bytes every time, whatever ran before it."""
+    import gpu_exact
+
+    print(gpu_exact.repeats(3 if QUICK and not REAL else 20 if QUICK else 100))
+
+
+def nvrtc() -> None:
+    """The tests of the moves and a product with the images that a machine without nvcc compiles for itself."""
+    import tempfile
+
+    chosen = ["tests/cuda/test_permutation.py", "tests/cuda/test_gating.py"]
+    with tempfile.TemporaryDirectory() as cache:
+        made = dict(os.environ, PYROUTE_CUDA_IMAGES="nvrtc", PYROUTE_CACHE_DIR=cache)
+        code = "import pyroute; print(pyroute.backends()['cuda'])"
+        found = subprocess.run([sys.executable, "-c", code], env=made, capture_output=True, text=True).stdout
+        if "available=True" not in found:
+            skip(f"no NVRTC for this driver: {found.strip()}")
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen]
+        raise SystemExit(subprocess.run(command, env=made, cwd=ROOT).returncode)
+
+
+def cupy() -> None:
+    """CuPy's arrays take the same kernels, on CuPy's current stream and from its pool."""
+    import gpu_exact
+
+    try:
+        import cupy as module
+
+        module.cuda.runtime.getDeviceCount()
+    except Exception as error:  # not installed, or without a driver
+        skip(f"no CuPy: {error}")
+    print(gpu_exact.on_cupy(module))
+
+
+def bench() -> None:
+    """``pyroute bench --gpu``; without a GPU every case once on small shapes."""
+    import argparse
+
+    import torch
+
+    from pyroute.bench.suite import options
+    from pyroute.bench.suite.gpu import cases, clock, run
+
+    if REAL and not torch.cuda.is_available():
+        skip("PyTorch finds no GPU")
+    if not REAL:
+        import tensors
+
+        tensors.emulate()
+    args = argparse.Namespace(rows=list(cases.ROWS), quick=QUICK, rounds=None, threads=0, case="")
+    options.check(args, rounds=30, quick_rounds=2)
+    device = torch.device("cuda", torch.cuda.current_device()) if REAL else torch.device("cpu")
+    outcomes = run.run(args, clock.Clock(device), sys.stdout)
+    lines = [line for outcome in outcomes for line in outcome.lines()]
+    about = run.facts(device) if REAL else {}
+    Path(os.environ["PYROUTE_GPU_CHECK_FOLDER"], "bench.json").write_text(json.dumps({**about, "lines": lines}))
+    held = [bar["met"] for line in lines for bar in line.get("bars", ())]
+    failed = run.failures(outcomes)
+    print("\n".join(failed))
+    met = f", {held.count(True)} of {len(held)} bars met" if REAL else ", untimed"
+    print(f"{len(outcomes)} problems, {len(lines)} columns, {len(failed)} of pyroute's failed{met}")
+    raise SystemExit(1 if failed else 0)
+
+
+def sanitized(tool: str) -> Callable[[], None]:
+    def run() -> None:
+        sanitizer = program("compute-sanitizer")
+        if sanitizer is None:
+            skip("compute-sanitizer is not installed")
+        command = [sanitizer, "--tool", tool, "--error-exitcode", "7", "--print-limit", "20"]
+        done = subprocess.run([*command, sys.executable, __file__, "small"], cwd=ROOT)
+        print(f"{tool}: {'clean' if done.returncode == 0 else f'exit status {done.returncode}'}")
+        raise SystemExit(1 if done.returncode else 0)
+
+    return run
+
+
+def small() -> None:
+    """Every kernel once on little data: what the sanitizer's tools have time for."""
+    import gpu_exact
+
+    names = [name for name, call in gpu_exact.calls(small=True) if call() is not None]
+    print(f"ran {', '.join(names)}")
+
+
+def stages() -> Iterator[tuple[str, Callable[[], None]]]:
+    yield from ((f.__name__, f) for f in (build, device, exact, repeats, nvrtc, cupy, small, bench))
+    yield from ((tool, sanitized(tool)) for tool in ("memcheck", "racecheck", "initcheck", "synccheck"))
+
+
+if __name__ == "__main__":
+    dict(stages())[sys.argv[1]]()
