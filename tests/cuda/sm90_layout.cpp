@@ -119,8 +119,8 @@ void table_sizes() {
 }
 
 void shapes() {
-    for (const ProductShape &shape : {fp8_128, fp8_128_f32, fp8_64, fp8_64_f32, bf16_128, bf16_128_f32, bf16_64,
-                                      bf16_64_f32, bf16_dgrad_128, bf16_dgrad_128_f32}) {
+    for (const ProductShape &shape : {fp8_128, fp8_192, fp8_128_f32, fp8_64, fp8_64_f32, bf16_128, bf16_128_f32,
+                                      bf16_64, bf16_64_f32, bf16_dgrad_128, bf16_dgrad_128_f32}) {
         const SharedPlan plan = shape.shared();
         check(plan.sound(), "shared memory of a product");
         check(plan.a(1) - plan.a(0) == shape.rows * 128 && plan.b(0) == plan.a(shape.stages), "stages lie in a row");
@@ -131,7 +131,7 @@ void shapes() {
     for (const WgradShape &shape : {fp8_wgrad, bf16_wgrad})
         check(shape.shared().sound() && shape.shared().scales(0) % 128 == 0, "shared memory of a gradient");
     check(fp8_128.threads() == 384 && fp8_64.threads() == 160, "threads");
-    check(128 * 40 + 256 * 232 == 384 * (65536 / 384 / 8 * 8), "registers handed over are those that there are");
+    check(128 * loader_registers + 256 * math_registers == 384 * (65536 / 384 / 8 * 8), "registers handed over");
 }
 
 } // namespace

@@ -138,6 +138,33 @@ def test_dgrad(kind, out, n, k):
     forward(np.random.default_rng(3), kind, [0, 130, 130, 131, 400], n, k, rows=450, out=out, transposed=True)
 
 
+SHAPES = ("fp8_128_pair", "fp8_192", "fp8_192_pair")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("n", [64, 128, 200, 256, 384, 520, 960])
+def test_other_shapes(shape, n, monkeypatch):
+    """Odd numbers of tiles side by side, of which a cluster has one too many; all pairs of scale blocks of 192."""
+    monkeypatch.setenv("PYROUTE_GROUPED_GEMM", f"{shape}_product")
+    rng = np.random.default_rng(n)
+    assert forward(rng, "fp8", [0, 130, 130, 131, 258, 530], n, 640, rows=560) == f"{shape}_product"
+    forward(rng, "fp8", [0, 70, 300], n, 4352)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_other_shapes_give_the_same_bytes(shape, monkeypatch):
+    rng = np.random.default_rng(13)
+    a = Operand(rng.normal(size=(300, 512)).astype(E4M3), rng.uniform(0.5, 2, (300, 4)).astype(np.float32), (1, 128))
+    b = Operand(
+        rng.normal(size=(2, 384, 512)).astype(E4M3), rng.uniform(0.5, 2, (2, 3, 4)).astype(np.float32), (128, 128)
+    )
+    offsets = to_device(np.asarray([0, 170, 300]))
+    want = to_host(pyroute.grouped_gemm(a.device, b.device, offsets))
+    monkeypatch.setenv("PYROUTE_GROUPED_GEMM", f"{shape}_product")
+    got = to_host(pyroute.grouped_gemm(a.device, b.device, offsets))
+    np.testing.assert_array_equal(got.view(np.uint16), want.view(np.uint16))
+
+
 def gradient_operands(rng, kind, offsets, rows, n, k):
     if kind == "bfloat16":
         return Operand(small_integers(rng, (rows, n), BF16)), Operand(small_integers(rng, (rows, k), BF16))

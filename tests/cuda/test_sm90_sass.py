@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FP8 = ("fp8_128", "fp8_128_f32", "fp8_64", "fp8_64_f32")
+FP8 = ("fp8_128", "fp8_128_pair", "fp8_192", "fp8_192_pair", "fp8_128_f32", "fp8_64", "fp8_64_f32")
 BF16 = ("bf16_128", "bf16_128_f32", "bf16_64", "bf16_64_f32", "bf16_dgrad_128", "bf16_dgrad_128_f32")
 WGRAD = ("fp8_wgrad", "bf16_wgrad")
 PRODUCTS = FP8 + BF16 + WGRAD
@@ -67,14 +67,24 @@ def test_instructions_of_a_product(compiled, name):
     assert count["SYNCS"] > 0
     assert count["USETMAXREG"] == (0 if "_64" in name else 2)
     staged = "f32" not in name and "wgrad" not in name
-    assert (count["UTMASTG"] > 0, count["STSM"]) == (staged, 8 if staged else 0)
+    assert (count["UTMASTG"] > 0, count["STSM"]) == (staged, (12 if "192" in name else 8) if staged else 0)
+    assert ("UTMALDG.2D.MULTICAST" in text) == ("pair" in name)
     assert count["LDL"] == count["STL"] == 0
     if fp8:  # scaled where it is added, not before
-        assert (count["FFMA"], count["FMUL"]) == ((64, 64) if "wgrad" in name else (64, 2))
+        assert (count["FFMA"], count["FMUL"]) == (
+            (64, 64) if "wgrad" in name else (96, 6) if "192" in name else (64, 2)
+        )
+
+
+def highest_register(text: str) -> int:
+    return max(int(register) for register in re.findall(r"\bR(\d+)\b", text))
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_registers_of_a_product(compiled, name):
     """ptxas reports what a thread starts with, 168: the highest one in the code is what setmaxnreg must cover."""
-    highest = max(int(register) for register in re.findall(r"\bR(\d+)\b", compiled[1][f"{name}_product"]))
-    assert highest <= 231
+    text = compiled[1][f"{name}_product"]
+    assert highest_register(text) < 240
+    if "USETMAXREG" in text:
+        loader = text[text.index("USETMAXREG.DEALLOC") :]
+        assert highest_register(loader[: loader.rindex("UTMALDG")]) < 24

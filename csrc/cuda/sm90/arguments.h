@@ -36,7 +36,7 @@ struct ProductArgs {
     const Tile *tiles;
     const float *a_scales; // [rows, blocks of depth]
     const float *b_scales; // one for 128 x 128 elements, at expert * .. + block of columns * .. + block of depth * ..
-    int64_t b_scale_expert, b_scale_col, b_scale_depth;
+    uint32_t b_scale_expert, b_scale_col, b_scale_depth;
     void *out_data;
     int32_t rows, cols, depth;
     int32_t b_rows; // of the map of b for one expert
@@ -95,6 +95,9 @@ struct WgradShape {
 };
 
 constexpr ProductShape fp8_128 = {Element::e4m3, 128, 128, 5, 1, false, Result::bfloat16};
+constexpr ProductShape fp8_128_pair = {Element::e4m3, 128, 128, 5, 2, false, Result::bfloat16};
+constexpr ProductShape fp8_192 = {Element::e4m3, 128, 192, 4, 1, false, Result::bfloat16};
+constexpr ProductShape fp8_192_pair = {Element::e4m3, 128, 192, 4, 2, false, Result::bfloat16};
 constexpr ProductShape fp8_128_f32 = {Element::e4m3, 128, 128, 6, 1, false, Result::float32};
 constexpr ProductShape fp8_64 = {Element::e4m3, 64, 128, 8, 1, false, Result::bfloat16};
 constexpr ProductShape fp8_64_f32 = {Element::e4m3, 64, 128, 8, 1, false, Result::float32};
@@ -107,7 +110,8 @@ constexpr ProductShape bf16_dgrad_128_f32 = {Element::bfloat16, 128, 128, 6, 1, 
 constexpr WgradShape fp8_wgrad = {Element::e4m3, 6};
 constexpr WgradShape bf16_wgrad = {Element::bfloat16, 6};
 
-static_assert(fp8_128.shared().sound() && fp8_128_f32.shared().sound() && fp8_64.shared().sound());
+static_assert(fp8_128.shared().sound() && fp8_192.shared().sound() && fp8_128_f32.shared().sound() &&
+              fp8_64.shared().sound());
 static_assert(fp8_64_f32.shared().sound() && bf16_dgrad_128.shared().sound() && bf16_dgrad_128_f32.shared().sound());
 static_assert(fp8_wgrad.shared().sound() && bf16_wgrad.shared().sound());
 

@@ -17,11 +17,12 @@ constexpr int64_t most = INT32_MAX;
 
 std::atomic<uint32_t *> hang_report{nullptr};
 
-// PYROUTE_GROUPED_GEMM=portable: the kernels for every card here too, to compare with.
-bool wanted(const DeviceInfo &card) {
+// PYROUTE_GROUPED_GEMM: "portable" for the kernels of every card, or a shape of arguments.h that is to be tried out.
+bool asked_for(const char *what) {
     const char *value = std::getenv("PYROUTE_GROUPED_GEMM");
-    return card.capability == 90 && !(value && std::strcmp(value, "portable") == 0);
+    return value && std::strcmp(value, what) == 0;
 }
+bool wanted(const DeviceInfo &card) { return card.capability == 90 && !asked_for("portable"); }
 
 bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
@@ -86,7 +87,13 @@ ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
     if (args.a.type == ElementType::e4m3) {
         if (few)
             return f32 ? ProductKernel PYROUTE_PRODUCT(fp8_64_f32) : ProductKernel PYROUTE_PRODUCT(fp8_64);
-        return f32 ? ProductKernel PYROUTE_PRODUCT(fp8_128_f32) : ProductKernel PYROUTE_PRODUCT(fp8_128);
+        if (f32)
+            return PYROUTE_PRODUCT(fp8_128_f32);
+        for (const ProductKernel &kernel :
+             {ProductKernel PYROUTE_PRODUCT(fp8_128_pair), PYROUTE_PRODUCT(fp8_192), PYROUTE_PRODUCT(fp8_192_pair)})
+            if (asked_for(kernel.name))
+                return kernel;
+        return PYROUTE_PRODUCT(fp8_128);
     }
     if (transposed)
         return f32 ? ProductKernel PYROUTE_PRODUCT(bf16_dgrad_128_f32) : ProductKernel PYROUTE_PRODUCT(bf16_dgrad_128);
@@ -111,10 +118,6 @@ TensorMap operand_map(const Stream &stream, ElementType type, const void *data, 
 // Where dgrad's copy of b lies: [experts, K, N padded to 128].
 int64_t padded(int64_t extent) { return blocks_of(extent, 128) * 128; }
 
-uint32_t blocks_for(const Stream &stream, int64_t tiles) {
-    return static_cast<uint32_t>(std::min<int64_t>(device_info(stream.device).num_sms, tiles));
-}
-
 } // namespace
 
 bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed) {
@@ -128,7 +131,9 @@ bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed
             : !multiples(transposed ? 64 : 8, {depth}))
         return false;
     const int64_t tiles = most_tiles(args.num_rows, args.num_experts, 64) * blocks_of(cols, 128);
-    return small({args.num_rows, depth, args.num_experts * padded(depth), args.num_experts * padded(cols), tiles}) &&
+    const int64_t scales = blocks_of(depth, 128), blocks = args.num_experts * blocks_of(cols, 128) * scales;
+    return small({args.num_rows, depth, args.num_experts * padded(depth), args.num_experts * padded(cols), tiles,
+                  args.num_rows * scales, blocks}) &&
            (!(fp8 && transposed) || args.num_experts * blocks_of(depth, 128) < 65536);
 }
 
@@ -173,8 +178,8 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     product.tiles = table.tiles;
     product.a_scales = args.a.scales;
     product.b_scales = args.b.scales;
-    const int64_t scale_cols = blocks_of(args.k, 128);
-    product.b_scale_expert = blocks_of(args.n, 128) * scale_cols;
+    const auto scale_cols = static_cast<uint32_t>(blocks_of(args.k, 128));
+    product.b_scale_expert = static_cast<uint32_t>(blocks_of(args.n, 128)) * scale_cols;
     product.b_scale_col = transposed ? 1 : scale_cols;
     product.b_scale_depth = transposed ? scale_cols : 1;
     product.out_data = args.out;
@@ -184,9 +189,9 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     product.raster_group = raster_group;
     product.hang_report = hang_report.load();
     const int64_t tiles = table.capacity * blocks_of(cols, shape.cols * shape.cluster);
+    const int64_t clusters = std::min(tiles, int64_t{device_info(stream.device).num_sms} / shape.cluster);
     launch(stream, room, kernel.name,
-           {blocks_for(stream, tiles) / shape.cluster * shape.cluster, shape.threads(), shape.shared().total(),
-            shape.cluster},
+           {static_cast<uint32_t>(clusters) * shape.cluster, shape.threads(), shape.shared().total(), shape.cluster},
            product);
 }
 
@@ -259,7 +264,9 @@ void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, 
     product.hang_report = hang_report.load();
     const int64_t tiles = args.num_experts * blocks_of(args.n, 128) * blocks_of(args.k, 128);
     launch(stream, room, fp8 ? "fp8_wgrad_product" : "bf16_wgrad_product",
-           {blocks_for(stream, tiles), shape.threads(), shape.shared().total()}, product);
+           {static_cast<uint32_t>(std::min(tiles, int64_t{device_info(stream.device).num_sms})), shape.threads(),
+            shape.shared().total()},
+           product);
 }
 
 void report_hangs_to(uint32_t *words) { hang_report = words; }

@@ -12,6 +12,9 @@ PYROUTE_KERNEL(transpose_bytes, transpose_threads, 4, TransposeArgs) { pyroute::
     PYROUTE_KERNEL(shape##_product, shape.threads(), 1, ProductArgs) { multiply_product<shape>(args); }
 
 PYROUTE_PRODUCT(fp8_128)
+PYROUTE_PRODUCT(fp8_128_pair)
+PYROUTE_PRODUCT(fp8_192)
+PYROUTE_PRODUCT(fp8_192_pair)
 PYROUTE_PRODUCT(fp8_128_f32)
 PYROUTE_PRODUCT(fp8_64)
 PYROUTE_PRODUCT(fp8_64_f32)

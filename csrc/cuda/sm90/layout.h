@@ -22,6 +22,11 @@ constexpr uint32_t warpgroup = 128;      // threads
 constexpr uint32_t step_bytes = 32;      // depth of one product along a row
 constexpr int32_t scale_block = 128;     // elements of the contraction between two additions to the totals
 
+// Registers of a thread after the hand-over between the loading warpgroup and two that multiply: what 384 threads start
+// with, 168 each, is what there is.
+constexpr uint32_t loader_registers = 24, math_registers = 240;
+static_assert(loader_registers + 2 * math_registers == 3 * 168, "as many as before");
+
 // Where byte `offset` of a tile with rows of 128 bytes lies: chunks of 16 bytes are permuted within each row.
 PYROUTE_BOTH uint32_t swizzled(uint32_t offset) { return offset ^ ((offset >> 7 & 7) << 4); }
 

@@ -1,11 +1,11 @@
 // out[rows of e] = a[rows of e] b[e]^T on Hopper: FP8 with block scales, or bfloat16.
 //
-// A block takes tiles of 128 x 128 (64 x 128) of the result one after another. One thread of the loading warpgroup asks
-// the copy engine for 128 bytes of depth at a time of a's rows and b's columns, `stages` of them ahead; each math
-// warpgroup multiplies 64 rows with wgmma as they arrive. The tensor cores keep fewer bits than a float32 sum has, so
-// every 128 elements of depth their sums are added to float32 totals, which is where FP8's scales come in.
+// A block takes tiles of 128 x 128 (64 x 128, 128 x 192) of the result one after another. One thread of the loading
+// warpgroup asks the copy engine for 128 bytes of depth at a time of a's rows and b's columns, `stages` of them ahead;
+// each math warpgroup multiplies 64 rows with wgmma as they arrive. The tensor cores keep fewer bits than a float32 sum
+// has, so every 128 elements of depth their sums are added to float32 totals, which is where FP8's scales come in.
 //
-// One block per SM, 384 threads (160): 232 registers for those that multiply, 40 for those that load. Memory per tile:
+// One block per SM, 384 threads (160): 240 registers for those that multiply, 24 for those that load. Memory per tile:
 // (rows + cols) * depth bytes from the second-level cache, rows * cols * 2 (4) to memory. Scales: a quad of lanes holds
 // those of 4 blocks of depth of its two rows, a warp those of 32 blocks of b's; each load is one block early, shuffles
 // hand them out: two words per block from the cache instead of a place in the ring, a pass that transposes and 512
@@ -19,51 +19,70 @@
 namespace pyroute::cuda::sm90 {
 
 // The scales of one tile, as the lanes of a math warp hold them: block of depth d of row `row` (and row + 8) in lane
-// d % 4 of the quad that owns the row, those of b in lane d % 32.
-struct BlockScales {
-    const float *low, *high, *b;
-    uint32_t b_step, last; // block of depth
-    float low_now, high_now, b_now, low_next, high_next, b_next;
+// d % 4 of the quad that owns the row, those of b in lane d % 32. Tiles of 192 columns have two blocks of b's: from an
+// even block on 128 and 64 columns, from an odd one (which starts in its middle) 64 and 128.
+template <uint32_t Cols> struct BlockScales {
+    static constexpr uint32_t chunks = Cols / 64, b_blocks = Cols / 128 + (Cols % 128 ? 1 : 0);
+    const ProductArgs &args;
+    uint32_t low_at, high_at, b_at[b_blocks]; // in a_scales and b_scales: places take half the registers of addresses
+    uint32_t last;                            // block of depth
+    bool starts_inside;
+    float low_now, high_now, low_next, high_next, b_now[b_blocks], b_next[b_blocks];
 
-    PYROUTE_DEVICE BlockScales(const ProductArgs &args, const Tile &tile, int32_t col_block, int32_t row) {
-        const int32_t blocks = divide_up(args.depth, scale_block);
+    PYROUTE_DEVICE BlockScales(const ProductArgs &product, const Tile &tile, int32_t col, int32_t row) : args(product) {
+        const int32_t blocks = divide_up(args.depth, scale_block), last_col = (args.cols - 1) / scale_block;
         last = static_cast<uint32_t>(blocks - 1);
-        low = args.a_scales + int64_t{min_of(tile.row + row, args.rows - 1)} * blocks;
-        high = args.a_scales + int64_t{min_of(tile.row + row + 8, args.rows - 1)} * blocks;
-        b = args.b_scales + tile.expert * args.b_scale_expert + col_block * args.b_scale_col;
-        b_step = static_cast<uint32_t>(args.b_scale_depth);
+        low_at = static_cast<uint32_t>(min_of(tile.row + row, args.rows - 1)) * static_cast<uint32_t>(blocks);
+        high_at = static_cast<uint32_t>(min_of(tile.row + row + 8, args.rows - 1)) * static_cast<uint32_t>(blocks);
+        starts_inside = col % scale_block != 0;
+        for (uint32_t i = 0; i < b_blocks; ++i) {
+            const int32_t block = min_of(col / scale_block + static_cast<int32_t>(i), last_col);
+            b_at[i] = static_cast<uint32_t>(tile.expert) * args.b_scale_expert +
+                      static_cast<uint32_t>(block) * args.b_scale_col;
+        }
         load_rows(0);
         load_cols(0);
         take_rows(4);
         take_cols(32);
     }
-    // The factors of block d for rows `row` and row + 8; called for every d in turn.
-    PYROUTE_DEVICE FloatPair factors(uint32_t d) {
-        const float scale = shuffle(b_now, d & 31);
+    // The factors of block d for rows `row` and row + 8 in every 64 columns; called for every d in turn.
+    PYROUTE_DEVICE void factors(uint32_t d, FloatPair (&of)[chunks]) {
         const uint32_t lane = (lane_id() & 28) | (d & 3);
-        const FloatPair pair = {shuffle(low_now, lane) * scale, shuffle(high_now, lane) * scale};
+        const FloatPair rows = {shuffle(low_now, lane), shuffle(high_now, lane)};
+        float cols[chunks];
+        cols[0] = cols[1] = shuffle(b_now[0], d & 31);
+        if constexpr (b_blocks > 1) {
+            cols[2] = shuffle(b_now[1], d & 31);
+            cols[1] = starts_inside ? cols[2] : cols[0];
+        }
+        PYROUTE_UNROLL
+        for (uint32_t c = 0; c < chunks; ++c)
+            of[c] = {rows.x * cols[c], rows.y * cols[c]};
         if ((d & 3) == 3) {
             take_rows(d + 5);
             if ((d & 31) == 31)
                 take_cols(d + 33);
         }
-        return pair;
     }
 
   private:
     PYROUTE_DEVICE void load_rows(uint32_t d) {
         const uint32_t block = min_of(d + (lane_id() & 3), last);
-        low_next = low[block];
-        high_next = high[block];
+        low_next = args.a_scales[low_at + block];
+        high_next = args.a_scales[high_at + block];
     }
-    PYROUTE_DEVICE void load_cols(uint32_t d) { b_next = b[uint64_t{min_of(d + lane_id(), last)} * b_step]; }
+    PYROUTE_DEVICE void load_cols(uint32_t d) {
+        for (uint32_t i = 0; i < b_blocks; ++i)
+            b_next[i] = args.b_scales[b_at[i] + min_of(d + lane_id(), last) * args.b_scale_depth];
+    }
     PYROUTE_DEVICE void take_rows(uint32_t following) {
         low_now = low_next;
         high_now = high_next;
         load_rows(following);
     }
     PYROUTE_DEVICE void take_cols(uint32_t following) {
-        b_now = b_next;
+        for (uint32_t i = 0; i < b_blocks; ++i)
+            b_now[i] = b_next[i];
         load_cols(following);
     }
 };
@@ -195,17 +214,18 @@ PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared
         for (int i = 0; i < num_sums; ++i)
             totals[i] = 0.0f;
         if (steps > 0) {
-            typename Choice<scaled, BlockScales, NoScales>::Type scales(args, tile, col / scale_block, row);
+            typename Choice<scaled, BlockScales<S.cols>, NoScales>::Type scales(args, tile, col, row);
             for (int32_t i = 0; i < steps; ++i) {
                 ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
                 multiply_stage<S>(sums, shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
                                   shared + plan.b(0) + ring.stage * plan.b_bytes, !scaled && (i & 1));
                 release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
                 if constexpr (scaled) {
-                    const FloatPair factor = scales.factors(static_cast<uint32_t>(i));
+                    FloatPair factors[S.cols / 64];
+                    scales.factors(static_cast<uint32_t>(i), factors);
                     PYROUTE_UNROLL
                     for (int s = 0; s < num_sums; ++s)
-                        totals[s] = fmaf(s & 2 ? factor.y : factor.x, sums[s], totals[s]);
+                        totals[s] = fmaf(s & 2 ? factors[s / 32].y : factors[s / 32].x, sums[s], totals[s]);
                 } else if ((i & 1) || i + 1 == steps) {
                     PYROUTE_UNROLL
                     for (int s = 0; s < num_sums; ++s)
@@ -239,12 +259,12 @@ template <const ProductShape &S> PYROUTE_DEVICE void multiply_product(const Prod
     const uint32_t group = threadIdx.x / warpgroup;
     if (group == S.math()) {
         if constexpr (S.math() > 1)
-            give_registers<40>();
+            give_registers<loader_registers>();
         if (warp_id() == 4 * S.math() && elect_lane())
             load_operands<S>(args, shared);
     } else {
         if constexpr (S.math() > 1)
-            take_registers<232>();
+            take_registers<math_registers>();
         multiply_tiles<S>(args, shared, group);
     }
 }

@@ -55,8 +55,8 @@ PYROUTE_DEVICE void store_bf16(const ProductArgs &args, SharedAddress staging, u
         fence_shared_for_copies();
         sync_threads(1 + group, warpgroup);
         if (asks) {
-            for (uint32_t p = 0; p < Sums / 32; ++p)
-                store_tile(&args.out, col + static_cast<int32_t>(p * 64), first_row, staging + p * panel_bytes);
+            for (int32_t p = 0; p < Sums / 32 && col + p * 64 < args.cols; ++p)
+                store_tile(&args.out, col + p * 64, first_row, staging + static_cast<uint32_t>(p) * panel_bytes);
             commit_stores();
         }
         return;

@@ -166,11 +166,11 @@ template <const WgradShape &S> PYROUTE_DEVICE void multiply_wgrad(const WgradArg
     sync_block();
     const uint32_t group = threadIdx.x / warpgroup;
     if (group == 2) {
-        give_registers<40>();
+        give_registers<loader_registers>();
         if (warp_id() == 8 && elect_lane())
             load_gradients<S>(args, shared);
     } else {
-        take_registers<232>();
+        take_registers<math_registers>();
         multiply_gradients<S>(args, shared, group);
     }
 }
