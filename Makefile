@@ -1,11 +1,12 @@
 # make demo   environment, install, the main job          make dev    build the extension in place (needs .[dev])
 # make test   environment, install, the tests             make lint   ruff, mypy, clang-format
+# make readme the measured tables, from the records
 PYTHON ?= python3
 VENV ?= .venv
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,2s/^# //p' Makefile
+	@sed -n '1,3s/^# //p' Makefile
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,11 @@ emulator:
 
 bench:
 	$(VENV)/bin/pytest benches $(if $(OP),-k $(OP))
+
+# The measured tables of README.md and benches/results/README.md, from the records.
+.PHONY: readme
+readme:
+	$(PYTHON) benches/readme.py
 
 lint:
 	ruff check . && ruff format --check . && mypy

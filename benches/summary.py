@@ -43,7 +43,7 @@ def title(lines: list[Line]) -> str:
     commits = ", ".join(dict.fromkeys(line["commit"] for line in lines))
     return (
         f"# {last['cpu']}, {last['cores']} cores, {last['compiler']}\n\n"
-        f"Measured {' to '.join(days[:1] + days[1:][-1:])} at {commits}; written by `python benches/summary.py`.\n"
+        f"Measured {' to '.join(days[:1] + days[1:][-1:])} at {commits}; written by `make readme`.\n"
         "[docs/benchmarking.md](../../docs/benchmarking.md) holds the rules; "
         "no figure of a GPU exists yet, [gpu.md](gpu.md) lists what is owed.\n"
     )

@@ -269,7 +269,7 @@ def test_the_summary_shows_the_latest_line_beside_its_peer(benches, tmp_path, ca
     assert summary.main([str(path)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert printed[0] == "# EPYC, 2 cores, GCC"
-    assert printed[2] == "Measured 2026-01-01 to 2026-01-02 at abc; written by `python benches/summary.py`."
+    assert printed[2] == "Measured 2026-01-01 to 2026-01-02 at abc; written by `make readme`."
     assert printed[5] == "## avx2, 2 threads"
     assert printed[9] == "| gate a | pyroute 2 ms (1 ms to 4 ms) | other 6 ms | 3.00 | 2 | met |"
     assert printed[-1] == "| gate | 0.90, 20% |  |  |  |  |  |  |  |"

@@ -21,3 +21,26 @@ def test_links_lead_somewhere():
     targets = re.findall(r"\]\(([^)#:]+)\)", README.read_text())
     assert targets
     assert [target for target in targets if not (README.parent / target).exists()] == []
+
+
+def test_measured_tables_are_those_of_the_records(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(README.parent / "benches"))
+    import readme
+
+    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_records_go_where_the_tables_look():
+    from pyroute.bench.suite import records
+
+    assert records.machine_file().parent == README.parent / "benches/results"
+
+
+def test_a_changed_table_is_found(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(str(README.parent / "benches"))
+    import readme
+
+    written = readme.documents()
+    monkeypatch.setattr(readme, "documents", lambda: {path: text + "x" for path, text in written.items()})
+    assert readme.main(["--check"]) == 1
+    assert capsys.readouterr().out.count("make readme") == 2

@@ -12,7 +12,8 @@ from typing import Any
 
 from ..machine import cores, cpu_model, describe_machine
 
-ROOT = Path(__file__).resolve().parents[3]
+_TREE = Path(__file__).resolve().parents[3]
+ROOT = _TREE if (_TREE / "benches/results").is_dir() else Path.cwd()  # the source tree; where bench runs without one
 # of what could change a time: not the records of the same hour, and their plots
 CHANGES = ("status", "--porcelain", "-uno", "--", ".", ":!benches/results", ":!docs")
 
@@ -36,7 +37,7 @@ def machine_file() -> Path:
 def append(lines: Sequence[dict[str, Any]], facts: dict[str, Any] | None = None, path: Path | None = None) -> Path:
     """Add a line per entry, with the common facts in front."""
     facts, path = facts or common_facts(), path or machine_file()
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps({**facts, **line}) + "\n" for line in lines)
     return path
