@@ -64,16 +64,22 @@ def mask_array(function: str, token_mask: Any, num_tokens: int) -> Array | None:
 
 
 def expert_ids(function: str, argument: str, topk_idx: Any, num_tokens: int, config: RouterConfig) -> Array:
-    """Ids as int32 [T, k]: every value is -1 or an expert."""
+    """Ids as int32 [T, k]: every value is -1 or an expert. On a GPU nothing looks at them, and others become -1."""
     axes = (("num_tokens", num_tokens), ("top_k", config.top_k))
     ids = _backend.as_array(function, argument, topk_idx, _check.INTEGERS, axes)
+    if not _check.has_values(ids):
+        from ._device import gating as device
+
+        return device.int32_ids(ids, config.num_experts)
     _check.expert_ids(function, argument, ids, config.num_experts)
     return ids.astype(np.int32, copy=False)
 
 
 def loads(function: str, argument: str, counts: Any, num_experts: int) -> Array:
-    """Slots per expert as int64 [E]; int64 holds their sum times E, which the bias rule compares."""
+    """Slots per expert as int64 [E]; int64 holds their sum times E, which the bias rule compares. On a GPU as given."""
     counts = _backend.as_array(function, argument, counts, _check.INTEGERS, (("num_experts", num_experts),))
+    if not _check.has_values(counts):
+        return counts
     if counts.size and (counts.min() < 0 or int(counts.max()) * num_experts > np.iinfo(np.int64).max):
         expected = f"at least 0 and at most 2**63 / num_experts ({num_experts})"
         raise _check.value_error(function, argument, expected, f"{counts.min()} to {counts.max()}")
@@ -104,5 +110,7 @@ def reduced_counts(
         expected = "a pair (tokens_per_expert, num_tokens)"
         raise _check.type_error(function, "global_counts", expected, _check.describe(global_counts))
     counts = loads(function, "global_counts[0]", global_counts[0], num_experts)
-    local = num_tokens if mask is None else int(mask.sum())
+    local = num_tokens
+    if mask is not None:
+        local = int(mask.sum()) if _check.has_values(mask) else 0
     return counts, _check.integer(function, "global_counts[1]", global_counts[1], local)

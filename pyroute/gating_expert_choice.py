@@ -34,9 +34,13 @@ class ExpertChoice(NamedTuple):
         """The same assignments by token, as :func:`plan_routes` and :func:`topk_gating_backward` read them.
 
         ``top_k`` is then the largest number of experts that took one token (at least 1), which depends on the data: on
-        a GPU this waits for it. A token's experts are in ascending order, the slots that it does not need are -1.
+        a GPU this waits for it, and takes CuPy's arrays. A token's experts are in ascending order, the slots that it
+        does not need are -1.
         The gradient of the logits is that of ``RouterConfig(num_experts, top_k)``, a softmax without renormalisation.
         """
+        if _check.is_device_array(self.token_idx):
+            expected = "NumPy or CuPy arrays, since top_k depends on them"
+            raise _check.type_error("ExpertChoice.to_gating", "token_idx", expected, _check.describe(self.token_idx))
         xp = _backend.array_module(self.token_idx)
         return Gating(*array_gating.by_token(xp, self.token_idx, self.token_weights, self.num_tokens))
 
@@ -88,6 +92,10 @@ def expert_choice_gating(
     capacity = _check.integer(function, "capacity", capacity, 0, 2**31 - 1)
     mask = contract.mask_array(function, token_mask, z.shape[0])
     chosen = _backend.choose(function, backend, z, mask)
+    if chosen == "cuda":
+        from ._device import gating as device
+
+        return ExpertChoice(*device.expert_choice(z, capacity, mask), z.shape[0])
     xp = _backend.array_module(z)
     tokens = xp.nonzero(array_losses.real_tokens(xp, mask, z.shape[0]))[0].astype(xp.int32)
     match chosen:

@@ -17,7 +17,7 @@ from .router_config import RouterConfig
 def balance_loss(
     logits: Any, gating: Gating, config: RouterConfig, *, scope: str = "batch", sequence_ids: Any = None,
     token_mask: Any = None, global_counts: Any = None, backend: str | None = None,
-) -> float:  # fmt: skip
+) -> float | Array:  # fmt: skip
     """Load balance: ``sum_e f_e * P_e``, 1 at perfect balance.
 
     ``f_e = E * count_e / (k * T)`` over the ids in ``gating``, ``P_e`` the mean over tokens of the softmax score, or of
@@ -45,8 +45,8 @@ def balance_loss(
     Returns
     -------
     float
-        0.0 without real tokens. The same value on every backend. The gradient is part of
-        :func:`topk_gating_backward`.
+        0.0 without real tokens. The same value on every backend; ``cuda``, which waits for nothing, gives it as a
+        float64 array of no dimensions on the GPU. The gradient is part of :func:`topk_gating_backward`.
 
     Raises
     ------
@@ -70,21 +70,24 @@ def balance_loss(
     chosen = _backend.choose(function, backend, z, ids, mask, sequence, reduced and reduced[0])
 
     xp = _backend.array_module(z)
-    balance = array_losses.balance_terms(
-        xp, ids, router.num_experts, contract.weight_dtype(z), token_mask=mask, sequence_ids=sequence,
-        global_counts=reduced,
-    )  # fmt: skip
+    parts: dict[str, Any] = {"token_mask": mask, "sequence_ids": sequence, "global_counts": reduced}
+    if chosen == "cuda":
+        from ._device import gating as device
+
+        loads = device.balance_terms(ids, router.num_experts, contract.weight_dtype(z), **parts)
+        return device.balance_loss(z, router.score, loads, mask)
+    balance = array_losses.balance_terms(xp, ids, router.num_experts, contract.weight_dtype(z), **parts)
     match chosen:
         case "cpu":
             terms = _backend.empty(z.shape[:1], np.float64)
-            parts = balance.fractions, balance.scales, balance.sequence
-            _backend.core.gating_loss_terms(router.score, z, _check.DTYPE_NAMES[z.dtype], *parts, terms)
+            arrays = balance.fractions, balance.scales, balance.sequence
+            _backend.core.gating_loss_terms(router.score, z, _check.DTYPE_NAMES[z.dtype], *arrays, terms)
         case _:
             terms = array_losses.balance_loss_terms(xp, z, router, balance)
     return array_losses.sum_tokens(xp, terms * balance.weights[balance.sequence], mask)
 
 
-def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -> float:
+def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -> float | Array:
     """Mean over tokens of ``logsumexp(logits) ** 2``, which keeps logits small.
 
     Parameters
@@ -97,8 +100,8 @@ def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -
     Returns
     -------
     float
-        0.0 without real tokens. The same value on every backend. The gradient is part of
-        :func:`topk_gating_backward`.
+        0.0 without real tokens. The same value on every backend; ``cuda``, which waits for nothing, gives it as a
+        float64 array of no dimensions on the GPU. The gradient is part of :func:`topk_gating_backward`.
 
     Raises
     ------
@@ -114,6 +117,10 @@ def z_loss(logits: Any, *, token_mask: Any = None, backend: str | None = None) -
     chosen = _backend.choose("z_loss", backend, z, mask)
     xp = _backend.array_module(z)
     match chosen:
+        case "cuda":
+            from ._device import gating as device
+
+            return device.z_loss(z, mask)
         case "cpu":
             terms = _backend.empty(z.shape[:1], np.float64)
             _backend.core.gating_loss_terms("softmax", z, _check.DTYPE_NAMES[z.dtype], None, None, None, terms)
@@ -135,7 +142,7 @@ def update_bias(bias: Any, tokens_per_expert: Any, rate: float = 1e-3, *, backen
         Loads since the last optimiser step, summed over all devices. Not twice for a recomputed forward.
     rate : float, at least 0
     backend : {None, "numpy", "cupy", "cpu", "cuda"}
-        All of them run the same few array operations.
+        All of them but ``cuda`` run the same few array operations.
 
     Returns
     -------
@@ -153,7 +160,11 @@ def update_bias(bias: Any, tokens_per_expert: Any, rate: float = 1e-3, *, backen
     function = "update_bias"
     b = _backend.as_array(function, "bias", bias, ("float32", "float64"), (("num_experts", None),))
     counts = contract.loads(function, "tokens_per_expert", tokens_per_expert, b.shape[0])
-    step = b.dtype.type(_check.real(function, "rate", rate, minimum=0.0))
-    _backend.choose(function, backend, b, counts)
+    rate = _check.real(function, "rate", rate, minimum=0.0)
+    if _backend.choose(function, backend, b, counts) == "cuda":
+        from ._device import gating as device
+
+        return device.update_bias(b, counts, rate)
+    step = b.dtype.type(rate)
     xp = _backend.array_module(b)
     return b + step * xp.sign(counts.sum() - b.shape[0] * counts).astype(b.dtype)

@@ -69,6 +69,10 @@ PYROUTE_DEVICE uint32_t reduce_add(uint32_t value, uint32_t mask = all_lanes) { 
 PYROUTE_DEVICE uint32_t atomic_add(uint32_t *to, uint32_t value) { return atomicAdd(to, value); }
 PYROUTE_DEVICE int32_t atomic_add(int32_t *to, int32_t value) { return atomicAdd(to, value); }
 PYROUTE_DEVICE uint32_t atomic_max(uint32_t *to, uint32_t value) { return atomicMax(to, value); }
+// Writes `desired` if `expected` is there.
+PYROUTE_DEVICE int32_t atomic_compare_swap(int32_t *at, int32_t expected, int32_t desired) {
+    return atomicCAS(at, expected, desired);
+}
 PYROUTE_DEVICE void fence_device() { __threadfence(); } // what was written before it is seen by every block after it
 
 PYROUTE_DEVICE uint32_t count_bits(uint32_t x) { return static_cast<uint32_t>(__popc(static_cast<int>(x))); }
@@ -79,6 +83,18 @@ PYROUTE_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
 PYROUTE_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 PYROUTE_DEVICE uint64_t bits_of(double x) { return static_cast<uint64_t>(__double_as_longlong(x)); }
 PYROUTE_DEVICE double double_of(uint64_t bits) { return __longlong_as_double(static_cast<long long>(bits)); }
+
+// Off by one unit in the last place at most: where Newton's steps begin.
+PYROUTE_DEVICE float approximate_reciprocal(float x) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+PYROUTE_DEVICE float approximate_rsqrt(float x) {
+    float r;
+    asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
 
 // Conversions, to nearest even. A NaN gives some NaN of the other type.
 PYROUTE_DEVICE uint32_t bf16x2_of(float low, float high) {

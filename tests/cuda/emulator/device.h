@@ -104,6 +104,12 @@ inline uint32_t atomic_max(uint32_t *to, uint32_t value) {
     *to = value > old ? value : old;
     return old;
 }
+inline int32_t atomic_compare_swap(int32_t *at, int32_t expected, int32_t desired) {
+    emulator::maybe_pause();
+    const int32_t old = *at;
+    *at = old == expected ? desired : old;
+    return old;
+}
 inline void fence_device() { emulator::maybe_pause(); }
 
 inline uint32_t count_bits(uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); }
@@ -114,6 +120,9 @@ inline uint32_t bits_of(float x) { return emulator::same_bits<uint32_t>(x); }
 inline float float_of(uint32_t bits) { return emulator::same_bits<float>(bits); }
 inline uint64_t bits_of(double x) { return emulator::same_bits<uint64_t>(x); }
 inline double double_of(uint64_t bits) { return emulator::same_bits<double>(bits); }
+
+inline float approximate_reciprocal(float x) { return 1.0f / x; }
+inline float approximate_rsqrt(float x) { return static_cast<float>(1.0 / sqrt(static_cast<double>(x))); }
 
 struct alignas(16) Words {
     uint32_t w[4];

@@ -1,0 +1,90 @@
+// The best experts of a token, from integer keys in registers: groups by their best one or two, then k picks.
+//
+// A pick takes the largest key of all lanes, the lowest lane that has it and, in that lane, its first expert with it.
+// Every lane keeps the two best of its run at hand, so that a pick only moves one up; a lane that has given both
+// away looks for the next two, those after the last one in the order of keys and ids. Nothing is marked as taken in
+// the run itself.
+#pragma once
+
+#include "cuda/gating_lanes.cuh"
+
+namespace pyroute::cuda {
+
+// Best and second best of a lane's run; key 0: there is none.
+struct BestTwo {
+    uint32_t key1, key2;
+    int32_t at1, at2;
+};
+
+PYROUTE_DEVICE void offer(BestTwo &best, uint32_t key, int32_t at) {
+    const bool first = key > best.key1, second = key > best.key2; // of equal keys the first stays first
+    best.at2 = first ? best.at1 : second ? at : best.at2;
+    best.key2 = first ? best.key1 : second ? key : best.key2;
+    best.at1 = first ? at : best.at1;
+    best.key1 = first ? key : best.key1;
+}
+
+template <int items> PYROUTE_DEVICE BestTwo best_two(const uint32_t (&keys)[items]) {
+    BestTwo best = {keys[0], 0, 0, 0};
+    PYROUTE_UNROLL
+    for (int i = 1; i < items; ++i)
+        offer(best, keys[i], i);
+    return best;
+}
+
+// Among those that come after one of them.
+template <int items> PYROUTE_DEVICE BestTwo best_two_after(const uint32_t (&keys)[items], uint32_t key, int32_t at) {
+    BestTwo best = {0, 0, 0, 0};
+    PYROUTE_UNROLL
+    for (int i = 0; i < items; ++i)
+        offer(best, keys[i] < key || (keys[i] == key && i > at) ? keys[i] : 0, i);
+    return best;
+}
+
+// --- groups -------------------------------------------------------------------------------------------------------
+
+// Whether the token keeps this lane's group, from the keys of the lane's best two values. A group without an expert in
+// any lane has the key 0, which is never picked.
+template <int lanes>
+PYROUTE_DEVICE bool keeps_group(const GatingLaunch &launch, const Share &mine, uint32_t first, uint32_t second) {
+    const Router &router = launch.args.router;
+    for (uint32_t distance = 1; distance < 1u << launch.group_shift; distance *= 2) {
+        const uint32_t other_first = shuffle_xor(first, distance), other_second = shuffle_xor(second, distance);
+        second = max_of(min_of(first, other_first), max_of(second, other_second));
+        first = max_of(first, other_first);
+    }
+    uint32_t key = first;
+    if (router.group_topn == 2 && first)
+        key = key_of(value_of_key(first) + value_of_key(second));
+    bool kept = false;
+    for (int64_t i = 0; i < router.topk_groups; ++i) {
+        const uint32_t best = max_over_lanes<lanes>(key);
+        const uint32_t winner = first_bit(token_ballot<lanes>(mine, key == best));
+        if (mine.index >> launch.group_shift == winner >> launch.group_shift) {
+            kept = true;
+            key = 0;
+        }
+    }
+    return kept;
+}
+
+// --- experts ------------------------------------------------------------------------------------------------------
+
+// Writes the ids of the k best, best first; there are at least k keys that are not 0.
+template <int lanes, int items>
+PYROUTE_DEVICE void pick_experts(const Share &mine, const uint32_t (&keys)[items], BestTwo best, int64_t top_k,
+                                 int32_t *ids) {
+    for (int64_t j = 0; j < top_k; ++j) {
+        const uint32_t key = max_over_lanes<lanes>(best.key1);
+        const uint32_t winner = first_bit(token_ballot<lanes>(mine, best.key1 == key));
+        if (mine.index == winner) {
+            const int32_t at = best.at1;
+            ids[j] = mine.first + at;
+            best = {best.key2, 0, best.at2, 0};
+            if (!best.key1)
+                best = best_two_after(keys, key, at);
+        }
+    }
+}
+
+} // namespace pyroute::cuda
