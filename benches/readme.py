@@ -1,7 +1,7 @@
 """The README's table of times, from the records: ``make readme`` writes it between the two marks.
 
-    python benches/readme.py            write README.md and benches/results/README.md anew
-    python benches/readme.py --check    exit status 1 if either differs from the records
+    python benches/readme.py            write README.md, benches/results/README.md and docs/images/scaling_*.svg anew
+    python benches/readme.py --check    exit status 1 if any differs from the records
 
 Of every case the latest record counts, of the machine and the day named in SOURCE.
 """
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import summary
 
 from pyroute.bench.suite import records
+from pyroute.bench.suite.svg_scaling import figure
 from pyroute.bench.terminal import duration
 
 SOURCE, SINCE, ISA, NEXT_ISA, THREADS = "amd-epyc-2-cores-avx512.jsonl", "2026-11-22T04:40", "avx512", "avx2", 2
@@ -108,7 +109,7 @@ def table(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def documents() -> dict[Path, str]:
-    """What the two files should hold."""
+    """What the files should hold."""
     lines, readme = read(), records.ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
@@ -116,15 +117,24 @@ def documents() -> dict[Path, str]:
     if not found:
         raise SystemExit(f"readme.py: README.md must hold the lines {BEGIN} and {END}")
     measured = "\n".join([BEGIN, "", *table(lines), "", END])
+    pictures = {
+        records.ROOT / f"docs/images/scaling_{op}.svg": figure(op, [line for line in growth if line["op"] == op])
+        for growth in [[line for line in summary.latest(lines) if "fit" in line and line["threads"] == THREADS]]
+        for op in dict.fromkeys(line["op"] for line in growth)
+    }
     results = "\n".join([summary.title(lines), *summary.tables(lines), *summary.scaling(lines)]) + "\n"
-    return {readme: before + measured + after, records.ROOT / "benches/results/README.md": results}
+    return {readme: before + measured + after, records.ROOT / "benches/results/README.md": results, **pictures}
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="readme.py", description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="write nothing, say what differs")
     args = parser.parse_args(argv)
-    differing = {path: text for path, text in documents().items() if path.read_text(encoding="utf-8") != text}
+    differing = {
+        path: text
+        for path, text in documents().items()
+        if not path.exists() or path.read_text(encoding="utf-8") != text
+    }
     for path, text in differing.items():
         name = path.relative_to(records.ROOT)
         print(f"{name} differs from the records: make readme" if args.check else f"{name} written")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from pyroute.__main__ import main
 
 BENCHES = Path(__file__).resolve().parent.parent / "benches"
 pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="needs the source tree")
@@ -14,10 +17,7 @@ pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="needs the source t
 
 @pytest.fixture
 def scaling(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHES))
-    import scaling
-
-    from pyroute.bench.suite import harness
+    from pyroute.bench.suite import harness, scaling
 
     monkeypatch.setattr(harness, "PAUSE_SECONDS", 0.0)
     monkeypatch.setattr(harness, "SAMPLE_SECONDS", 0.0)
@@ -58,7 +58,7 @@ def test_loads_have_the_same_number_of_distinct_slots(scaling, load):
 
 def test_a_run_writes_its_lines(scaling, tmp_path, capsys):
     path = tmp_path / "lines.json"
-    assert scaling.main(["--quick", "--ops", "gate", "--parts", "growth,threads", "--json", str(path)]) == 0
+    assert main(["bench", "gate", "--scaling", "--quick", "--parts", "growth,threads", "--json", str(path)]) == 0
     lines = json.loads(path.read_text())["lines"]
     assert [line["case"] for line in lines] == ["growth with T", "growth with k", "growth with E", "threads"]
     assert all(len(line["median_s"]) == len(line["points"]) for line in lines)
@@ -71,22 +71,45 @@ def test_an_interrupted_run_keeps_what_was_measured(scaling, tmp_path, monkeypat
 
     monkeypatch.setitem(scaling.MEASURES, "sizes", interrupted)
     path = tmp_path / "lines.json"
-    argv = ["--quick", "--ops", "gate", "--parts", "threads,sizes", "--json", str(path)]
-    assert scaling.main(argv) == 130
+    argv = ["bench", "gate", "--scaling", "--quick", "--parts", "threads,sizes", "--json", str(path)]
+    assert main(argv) == 130
     assert len(json.loads(path.read_text())["lines"]) == 1
 
 
-@pytest.mark.parametrize("argv", [["--ops", "nothing"], ["--parts", "nothing"], ["--rounds", "0"]])
+@pytest.mark.parametrize("argv", [["nothing"], ["--parts", "nothing"], ["--rounds", "0"]])
 def test_bad_arguments_are_one_sentence(scaling, argv, capsys):
-    assert scaling.main(argv) == 2
+    assert main(["bench", "--scaling", *argv]) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_a_plot_for_every_operation(scaling, tmp_path):
-    pytest.importorskip("matplotlib")
-    argv = ["--quick", "--ops", "gate,quantize", "--parts", "growth", "--json", str(tmp_path / "lines.json")]
-    assert scaling.main([*argv, "--plot", str(tmp_path)]) == 0
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["scaling_gate.png", "scaling_quantize.png"]
+def test_a_picture_for_every_size(scaling, tmp_path, capsys):
+    target = tmp_path / "growth.html"
+    argv = ["bench", "gate", "quantize", "--scaling", "--quick", "--parts", "growth", "--plot", str(target)]
+    assert main(argv) == 0
+    assert target.read_text().count("<svg") == 5  # T, k, E and T, H
+    assert "experts per token k" in target.read_text()
+
+
+def test_points_of_a_picture_lie_where_the_numbers_say(scaling):
+    from pyroute.bench.suite.svg_scaling import panel
+
+    times = {key: [1e-6, 1e-5, 1e-4] for key in ("median_s", "p10_s", "p90_s")}
+    fit = {"start": 0.0, "slope": 1e-7, "worst": 0.0, "power": 1.0}
+    line = {"op": "gate", "case": "growth with T", "x": [10.0, 100.0, 1000.0], "least_s": [], "fit": fit, **times}
+    points = [
+        tuple(map(float, p)) for p in re.findall(r'<circle class="ours" cx="([\d.]+)" cy="([\d.]+)"', panel(line))
+    ]
+    path = re.search(r'class="fit" d="M([^"]*)"', panel(line))[1]
+    fitted = [tuple(map(float, p.split(","))) for p in path.split(" L")]
+    for point, on_line in zip(points, (fitted[0], fitted[20], fitted[40]), strict=True):
+        assert point == pytest.approx(on_line, abs=0.3)
+
+
+def test_the_command_line_knows_what_scales(scaling):
+    from pyroute.bench.suite import options
+
+    assert tuple(scaling.cases.BUILD) == options.SCALED
+    assert tuple(scaling.MEASURES) == options.PARTS
 
 
 @pytest.mark.parametrize("op", ["gate", "permute", "unpermute", "quantize", "gemm", "layer"])

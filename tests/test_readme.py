@@ -43,4 +43,4 @@ def test_a_changed_table_is_found(monkeypatch, tmp_path, capsys):
     written = readme.documents()
     monkeypatch.setattr(readme, "documents", lambda: {path: text + "x" for path, text in written.items()})
     assert readme.main(["--check"]) == 1
-    assert capsys.readouterr().out.count("make readme") == 2
+    assert capsys.readouterr().out.count("make readme") == len(written)

@@ -1,4 +1,4 @@
-"""The options of ``pyroute bench``, which benches/scaling.py shares; importing this loads nothing else."""
+"""The options of ``pyroute bench``; importing this loads nothing else."""
 
 from __future__ import annotations
 
@@ -12,14 +12,9 @@ from ..terminal import UsageError
 LOADS = ("random", "balanced", "zipf", "one-hot", "half-empty")
 # of the table: bars.py has the cases
 ROWS = ("gate", "permute", "quantize", "decode", "prefill", "backward", "layer", "training")
-
-
-def add_measuring(parser: argparse.ArgumentParser, *, quick: str) -> None:
-    """How to measure, and where to put it."""
-    parser.add_argument("--threads", metavar="N", type=int, default=0, help="threads of everybody (default: all)")
-    parser.add_argument("--rounds", metavar="N", type=int, help="samples of each")
-    parser.add_argument("--quick", action="store_true", help=quick)
-    parser.add_argument("--record", action="store_true", help="append the results to benches/results")
+# of --scaling: scaling_cases.py has the sizes
+SCALED = ("gate", "permute", "unpermute", "quantize", "gemm", "layer")
+PARTS = ("growth", "threads", "loads", "sizes")
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +35,12 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
     parser.add_argument("--plot", metavar="FILE.html", help="one page with pictures of everything that was measured")
     parser.add_argument("--compare", metavar="OLD.json", help="what became slower since; exit status 1 if anything did")
-    add_measuring(parser, quick="small shapes: whether it runs")
+    parser.add_argument("--scaling", action="store_true", help="how times grow with sizes, threads and load instead")
+    parser.add_argument("--parts", default="", help=f"of --scaling: some of {','.join(PARTS)}")
+    parser.add_argument("--threads", metavar="N", type=int, default=0, help="threads of everybody (default: all)")
+    parser.add_argument("--rounds", metavar="N", type=int, help="samples of each")
+    parser.add_argument("--quick", action="store_true", help="small shapes: whether it runs")
+    parser.add_argument("--record", action="store_true", help="append the results to benches/results")
 
 
 def load(text: str) -> str:

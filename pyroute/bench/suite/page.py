@@ -11,6 +11,7 @@ from typing import Any
 
 from ..terminal import UsageError, duration
 from .svg import bars, roofline
+from .svg_scaling import panel
 
 STYLE = """
 :root { --paper: #fff; --ink: #1c1e21; --soft: #5b6168; --line: #d9dce0; --ours: #1f6fb4; --other: #9aa3ad;
@@ -33,7 +34,8 @@ svg .limit-text, svg .machine { fill: var(--limit); }
 .roof { max-width: 42rem; } svg .ours { fill: var(--ours); } svg .other { fill: var(--other); }
 svg .spread { stroke: var(--ink); }
 .cases { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 0 2rem; }
-figure { margin: 0; }
+figure { margin: 0; } .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); }
+svg .fit { stroke: var(--other); fill: none; stroke-width: 1.5; } svg .limit { stroke-width: 1.5; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; width: 100%; }
 th, td { text-align: right; padding: .2rem .5rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
@@ -51,18 +53,20 @@ def write(path: str, facts: dict[str, Any], lines: list[dict[str, Any]], notes: 
 
 
 def page(facts: dict[str, Any], lines: list[dict[str, Any]], notes: list[str]) -> str:
+    growth = [line for line in lines if "fit" in line]
+    lines = [line for line in lines if "points" not in line]
     timed = [line for line in lines if line.get("median_s")]
-    title = f"pyroute {_version(lines)} on {facts['cpu']}"
+    title = f"pyroute {_version(lines or growth)} on {facts['cpu']}"
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(title)}</title><style>{STYLE}</style></head><body>",
-        f"<header><h1>{_text(title)}</h1>{_facts(facts, lines)}{_paragraphs(notes)}</header>",
+        f"<header><h1>{_text(title)}</h1>{_facts(facts, lines or growth)}{_paragraphs(notes)}</header>",
     ]
     if timed:
         parts += [_roofline(timed), _cases(timed), _bars_held(timed)]
-    parts += [_table(lines), "</body></html>"]
+    parts += [_growth(growth), _table(lines) if lines else "", "</body></html>"]
     return "\n".join(part for part in parts if part) + "\n"
 
 
@@ -124,6 +128,14 @@ def _cases(lines: list[dict[str, Any]]) -> str:
             last = op
         sections.append(f"<figure><figcaption><p>{_text(case)}</p></figcaption>{bars(group)}</figure>")
     return "\n".join([*sections, "</div></section>"])
+
+
+def _growth(lines: list[dict[str, Any]]) -> str:
+    sections = []
+    for op in dict.fromkeys(line["op"] for line in lines):
+        panels = "".join(f"<figure>{panel(line)}</figure>" for line in lines if line["op"] == op)
+        sections.append(f'<section><h2>{_text(op)}, growing</h2><div class="panels">{panels}</div></section>')
+    return "\n".join(sections)
 
 
 def _bars_held(lines: list[dict[str, Any]]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from ..limits import measure_limits
 from ..machine import available_memory
 from ..terminal import progress, write_json
-from . import alone, bars, changes, harness, options, page, peers, records, report, shapes
+from . import alone, bars, changes, harness, options, page, peers, records, report, scaling, shapes
 from .peers.ours import set_threads
 
 
@@ -114,23 +114,35 @@ def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
 
 def bench(args: argparse.Namespace) -> int:
     """The command: measure, write, show; 130 if it was interrupted, 1 if something became slower."""
-    options.check(args, rounds=9, quick_rounds=3)
-    args.rows = options.some_of("OP", args.rows, options.ROWS)
+    if args.scaling:
+        options.check(args, rounds=7, quick_rounds=1)
+        args.parts = options.some_of("--parts", args.parts, options.PARTS)
+    else:
+        options.check(args, rounds=9, quick_rounds=3)
+    args.rows = options.some_of("OP", args.rows, options.SCALED if args.scaling else options.ROWS)
     options.load(args.load)
     args.memory = available_memory() // 3  # of one form of the weights: peers keep their own, wider or narrower
     args.interrupted = False
     old = changes.read(args.compare) if args.compare else []
     started, facts = time.time(), records.common_facts()
+    outcomes: list[Outcome] = []
+    everyone: list[peers.Peer] = []
     with quiet_stdout():
-        everyone = list(peers.load(peers.MODULES if args.peers else ("ours", "machine")))
-        outcomes = run(args, everyone)
-    lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
+        if args.scaling:
+            lines = scaling.run(args)
+        else:
+            everyone = list(peers.load(peers.MODULES if args.peers else ("ours", "machine")))
+            outcomes = run(args, everyone)
+            lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
     changed = changes.find(old, lines)
     if args.json:
         found = {"changes": [change.as_dict() for change in changed]} if args.compare else {}
         write_json({**facts, "seconds": time.time() - started, "lines": lines, **found}, args.json)
     if args.json != "-":
-        report.show(outcomes, everyone, args)
+        if args.scaling:
+            scaling.show(lines, args)
+        else:
+            report.show(outcomes, everyone, args)
         if args.compare:
             changes.show(changed, changes.machine_changed(old, lines), args.compare)
     if args.plot:

@@ -31,17 +31,18 @@ def bars(lines: list[dict[str, Any]]) -> str:
             f'<line class="spread" x1="{low:.1f}" x2="{high:.1f}" y1="{y + _ROW / 2}" y2="{y + _ROW / 2}"/>',
             f'<text x="{WIDTH}" y="{y + 16}" text-anchor="end">{duration(line["median_s"])}</text>',
         ]
-    label = html.escape(", ".join(f"{line['column']} {duration(line['median_s'])}" for line in lines))
-    return _svg(WIDTH, len(lines) * _ROW, parts, label)
+    label = ", ".join(f"{line['column']} {duration(line['median_s'])}" for line in lines)
+    return picture(WIDTH, len(lines) * _ROW, parts, label)
 
 
 def _short(name: str) -> str:
     return name if len(name) <= 22 else name[:21] + "…"
 
 
-def _svg(width: int, height: int, parts: list[str], label: str) -> str:
+def picture(width: int, height: int, parts: list[str], label: str) -> str:
+    """The parts as one image, with words for who cannot see it."""
     return (
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{label}" xmlns="http://www.w3.org/2000/svg">'
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(label)}" xmlns="http://www.w3.org/2000/svg">'
         + "".join(parts)
         + "</svg>"
     )
@@ -50,10 +51,10 @@ def _svg(width: int, height: int, parts: list[str], label: str) -> str:
 class LogScale:
     """From a range of positive numbers to pixels, by their logarithm."""
 
-    def __init__(self, low: float, high: float, start: float, end: float):
-        self.low, self.high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
-        if self.high == self.low:
-            self.high *= 10
+    def __init__(self, low: float, high: float, start: float, end: float, *, whole: bool = True):
+        if whole:  # decades
+            low, high = 10 ** math.floor(math.log10(low)), 10 ** math.ceil(math.log10(high))
+        self.low, self.high = low, high if high > low else 10 * low
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
@@ -102,4 +103,4 @@ def roofline(lines: list[dict[str, Any]], limits: dict[str, float]) -> str:
         )
     parts.append(f'<text x="{width - 12}" y="{height - 6}" text-anchor="end">operations per byte</text>')
     parts.append('<text x="4" y="14">GFLOP/s</text>')
-    return _svg(width, height, parts, "roofline: every point is one case and column of pyroute")
+    return picture(width, height, parts, "roofline: every point is one case and column of pyroute")

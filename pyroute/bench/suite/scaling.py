@@ -1,30 +1,25 @@
-"""How pyroute's times grow: with T, k, E, H and I over two decades, with threads, with the load, at odd sizes.
+"""``pyroute bench --scaling``: how times grow, with T, k, E, H and I over two decades, threads, load and odd sizes.
 
-    python benches/scaling.py                       all parts
-    python benches/scaling.py --parts growth --plot docs/images
-    python benches/scaling.py --threads 1 --record
-
-A part's points are interleaved; docs/benchmarking.md holds the rules. Plots need matplotlib: the extra "plot".
+The points of a part are interleaved; docs/benchmarking.md holds the rules.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-import scaling_cases as cases
 
 import pyroute
-from pyroute.bench.limits import Limits, measure_limits
-from pyroute.bench.suite import harness, options, records, report
-from pyroute.bench.suite.peers import Work
-from pyroute.bench.terminal import UsageError, duration, progress, write_json
 
-PARTS = ("growth", "threads", "loads", "sizes")
+from ..limits import Limits, measure_limits
+from ..terminal import duration, progress
+from . import harness, report
+from . import scaling_cases as cases
+from .peers import Work
 
 
 class Fit(NamedTuple):
@@ -50,12 +45,16 @@ class Fit(NamedTuple):
         return cls(float(start), float(slope), float(worst), float(np.polyfit(np.log(x), np.log(y), 1)[0]))
 
 
+def _always(threads: int, asked: int) -> None:
+    pyroute.set_num_threads(threads)
+
+
 def measure(works: list[tuple[str, Work, int]], rounds: int) -> list[harness.Cell]:
     """Works with their threads, interleaved."""
     cells = []
     for name, work, threads in works:
         cell = harness.Cell("pyroute", pyroute.__version__, name, "")
-        cell.set_threads = lambda n, threads=threads: pyroute.set_num_threads(threads)
+        cell.set_threads = functools.partial(_always, threads)
         cell.set_threads(threads)
         work.run()
         cell.work = work
@@ -126,7 +125,7 @@ def sizes(op: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     lines = []
     for axis, below, size, above in cases.ODD[op]:
         middle = cases.MIDDLE[op]
-        three = [middle._replace(**{axis: value}) for value in (below, size, above)]
+        three = [middle.along(axis, value) for value in (below, size, above)]
         if axis == "E" and op in cases.WITH_WEIGHTS:  # as many rows for every expert
             three = [s._replace(T=s.T * s.E // middle.E) for s in three]
         names = [f"{axis}={value}" for value in (below, size, above)]
@@ -172,53 +171,19 @@ def show(lines: list[dict[str, Any]], args: argparse.Namespace) -> None:
     report.print_table(title, ("op", "case", "points", "median", "found", "bar", ""), rows, [], "<<<<<<<")
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    description = __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog="scaling.py", description=description)
-    options.add_measuring(parser, quick="three points an axis, one sample each")
-    parser.add_argument("--json", metavar="FILE", help="write the results, - for standard output")
-    parser.add_argument("--parts", default="", help=f"some of {','.join(PARTS)}")
-    parser.add_argument("--ops", default="", help=f"some of {','.join(cases.BUILD)}")
-    parser.add_argument("--plot", metavar="FOLDER", help="draw scaling_<op>.png there")
-    args = parser.parse_args(argv)
-    options.check(args, rounds=7, quick_rounds=1)
-    args.parts = options.some_of("--parts", args.parts, PARTS)
-    args.ops = options.some_of("--ops", args.ops, tuple(cases.BUILD))
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    try:
-        args = arguments(argv)
-        lines: list[dict[str, Any]] = []
-        status, facts = 0, records.common_facts()
-        pieces = [(part, op) for part in args.parts for op in args.ops if part in cases.parts_of(op)]
-        pyroute.set_num_threads(args.threads)
-        args.limits = measure_limits(quick=True)
-        with progress(len(pieces)) as step:
-            for part, op in pieces:
-                step(f"{part} {op}")
-                try:
-                    lines += MEASURES[part](op, args)
-                except KeyboardInterrupt:  # what was measured stays
-                    status = 130
-                    break
-                gc.collect()
-        if args.json:
-            write_json({**facts, "lines": lines}, args.json)
-        if args.json != "-":
-            show(lines, args)
-        if args.record and lines:
-            records.append(lines, {**facts, "threads": args.threads})
-        if args.plot:
-            from scaling_plots import draw
-
-            draw(lines, args.plot)
-        return status
-    except UsageError as error:
-        print(f"scaling.py: {error}", file=sys.stderr)
-        return 2
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The lines of the operations and parts that are asked for; interrupted, those that are complete."""
+    lines: list[dict[str, Any]] = []
+    pieces = [(part, op) for part in args.parts for op in args.rows if part in cases.parts_of(op)]
+    pyroute.set_num_threads(args.threads)
+    args.limits = measure_limits(quick=True)
+    with progress(len(pieces)) as step:
+        for part, op in pieces:
+            step(f"{part} {op}")
+            try:
+                lines += MEASURES[part](op, args)
+            except KeyboardInterrupt:
+                args.interrupted = True
+                break
+            gc.collect()
+    return lines

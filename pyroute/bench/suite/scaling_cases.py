@@ -1,16 +1,17 @@
-"""The sizes that scaling.py goes through, and what is run at each."""
+"""The sizes that scaling goes through, and what is run at each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 import pyroute
-from pyroute.bench.suite import shapes
-from pyroute.bench.suite.peers import Work
+
+from . import shapes
+from .peers import Work
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 LOADS = ("balanced", "zipf", "one-hot")
@@ -27,8 +28,12 @@ class Sizes(NamedTuple):
     I: int = 1  # noqa: E741
     load: str = "balanced"
 
+    def along(self, axis: str, value: int) -> Sizes:
+        changed: dict[str, Any] = {axis: value}
+        return self._replace(**changed)
 
-def ids(s: Sizes) -> np.ndarray:
+
+def ids(s: Sizes) -> Any:
     """[T, k]; the same number of rows for every load. One-hot puts each slot's rows on one expert."""
     slots = np.arange(s.T * s.k).reshape(s.T, s.k)
     if s.load == "balanced":
@@ -130,7 +135,7 @@ def _decades(low: int, steps: int = 9) -> list[int]:
 
 
 def _along(axis: str, low: int, base: Sizes) -> list[Sizes]:
-    return [base._replace(**{axis: value}) for value in _decades(low)]
+    return [base.along(axis, value) for value in _decades(low)]
 
 
 _MOVE = Sizes(T=1024, k=4, E=64, H=1024)
