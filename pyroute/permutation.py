@@ -8,6 +8,7 @@ import numpy as np
 
 from . import _backend, _check
 from ._array import permutation as _array
+from ._device import permutation as _device
 from .quantization import Fp8Array, ScaleFormat, quantize_fp8, unchecked_fp8
 from .route_plan import RoutePlan
 
@@ -52,6 +53,8 @@ def _permute(function: str, x: Array, plan: RoutePlan, out: Any, backend: str | 
                 out = _backend.empty((plan.num_rows, x.shape[1]), x.dtype)
             _backend.core.permute(x, plan.row_to_token, plan.token_to_row, out)
             return out
+        case "cuda":
+            return _device.permute(x, plan, out)
         case _:
             return _deliver(_array.permute(_backend.array_module(x), x, plan.row_to_token), out)
 
@@ -64,9 +67,12 @@ def _permute_fp8(x: Fp8Array, plan: RoutePlan, out: Any, backend: str | None) ->
         raise _check.value_error("permute", "x", expected, f"shape {list(x.shape)} with blocks {x.block}")
     _check.shape("permute", "x", x, (("num_tokens", plan.num_tokens), ("hidden", None)))
     codes = _permute("permute", x.codes.view(np.uint8), plan, None, backend)
-    scales = _permute("permute", x.scales, plan, None, backend)
-    scales[plan.row_to_token < 0] = 1.0
-    return Fp8Array(codes, scales, x.block, x.format)
+    if _backend.choose("permute", backend, x.scales, plan.row_to_token) == "cuda":
+        scales = _device.permute(x.scales, plan, None, padding=_device.ONE)
+    else:
+        scales = _permute("permute", x.scales, plan, None, backend)
+        scales[plan.row_to_token < 0] = 1.0
+    return unchecked_fp8(codes.view(x.codes.dtype), scales, x.block, x.format, None)
 
 
 def permute_quantize(
@@ -96,6 +102,9 @@ def permute_quantize(
             _backend.core.permute_quantize(
                 x, plan.row_to_token, plan.token_to_row, 128, scale_format == "ue8m0", codes, scales
             )
+            return unchecked_fp8(codes, scales, (1, 128), "e4m3", None)
+        case "cuda":
+            codes, scales = _device.permute_quantize(x, plan, scale_format == "ue8m0")
             return unchecked_fp8(codes, scales, (1, 128), "e4m3", None)
         case chosen:
             # a row's codes do not depend on the other rows, so quantising before moving gives the same bytes
@@ -167,6 +176,10 @@ def _unpermute(
             else:
                 _backend.core.unpermute(rows, plan.row_to_token, plan.token_to_row, topk_weights, out)
             return out
+        case "cuda" if topk_weights is None and plan.top_k == 1:
+            return _device.move_back(rows, plan, out)
+        case "cuda":
+            return _device.unpermute(rows, plan, topk_weights, out)
         case _:
             xp = _backend.array_module(rows)
             return _deliver(_array.unpermute(xp, rows, plan.token_to_row, topk_weights), out)
@@ -214,6 +227,8 @@ def unpermute_backward(
                 grad_y, rows, plan.row_to_token, plan.token_to_row, topk_weights, grad_rows, grad_weights
             )
             return grad_rows, grad_weights
+        case "cuda":
+            return _device.unpermute_backward(grad_y, rows, plan, topk_weights)
         case _:
             xp = _backend.array_module(rows)
             return _array.unpermute_backward(xp, grad_y, rows, plan.token_to_row, topk_weights)
@@ -235,7 +250,10 @@ def _weights(function: str, topk_weights: Any, plan: RoutePlan, rows: Array) -> 
     axes = (("num_tokens", plan.num_tokens), ("top_k", plan.top_k))
     if _check.DTYPE_NAMES[rows.dtype] != "float64":
         return _backend.as_array(function, "topk_weights", topk_weights, ("float32",), axes)
-    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, ("float32", "float64"), axes)
+    kinds = ("float64",) if _check.is_device_array(topk_weights) else ("float32", "float64")
+    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, kinds, axes)
+    if kinds == ("float64",):
+        return topk_weights
     return topk_weights.astype("float64", copy=False)  # float32 widens to float64 exactly
 
 

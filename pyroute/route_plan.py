@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 from . import _backend, _check
+from . import _route_plan_contract as _contract
 from ._array import permutation as _array
+from ._device import route_plan as _device
 
 Array = Any
 
-MAX_ROWS = 2**31 - 1  # row maps are int32
+MAX_ROWS = _contract.MAX_ROWS
 
 
 class DeepGemmLayout(NamedTuple):
@@ -33,7 +35,8 @@ class RoutePlan:
     """Rows of the expert-sorted matrix: by expert, then token, then slot; made by :func:`plan_routes`.
 
     Each expert's segment is padded at its end to a multiple of ``alignment`` rows; an expert without tokens has an
-    empty segment. R, the number of rows, is ``expert_offsets[-1]``.
+    empty segment. R, the number of rows, is ``expert_offsets[-1]``; on a GPU, where nothing waits to learn it, the
+    least number that is enough for any ids, and rows from ``expert_offsets[-1]`` on are padding.
 
     Parameters
     ----------
@@ -50,7 +53,8 @@ class RoutePlan:
     Raises
     ------
     TypeError, ValueError
-        In one sentence, when the maps do not describe one assignment: a plan made by hand is read in full.
+        In one sentence, when the maps do not describe one assignment: a plan made by hand is read in full. On a GPU its
+        shapes are, and an entry that is no row or token counts as -1.
     """
 
     tokens_per_expert: Array
@@ -60,11 +64,14 @@ class RoutePlan:
     alignment: int = 1
 
     def __post_init__(self) -> None:
-        for field, dtype, axes in _MAPS:
+        for field, dtype, axes in _contract.MAPS:
             array = _backend.as_array("RoutePlan", field, getattr(self, field), (dtype,), axes)
             object.__setattr__(self, field, array)
         _check.integer("RoutePlan", "alignment", self.alignment, 1, MAX_ROWS)
-        _check_maps(self)
+        if _check.has_values(self.row_to_token):
+            _contract.check_maps(self)
+        else:
+            _contract.check_shapes(self)
 
     @property
     def num_tokens(self) -> int:
@@ -89,6 +96,7 @@ class RoutePlan:
     @property
     def has_padding(self) -> bool:
         """Whether any row is padding."""
+        _with_values("has_padding", self)
         return self.num_rows > int(self.tokens_per_expert.sum())
 
     def _slot_experts(self) -> tuple[Array, Array]:
@@ -100,6 +108,8 @@ class RoutePlan:
 
     def to_torch_offsets(self) -> Array:
         """``offs`` of ``torch.nn.functional.grouped_mm``: each expert's end row, int32 [num_experts]."""
+        if _on_gpu("to_torch_offsets", self):
+            return _device.torch_offsets(self)
         return self.expert_offsets[1:].astype("int32")
 
     def to_deepgemm(self) -> DeepGemmLayout:
@@ -107,6 +117,8 @@ class RoutePlan:
 
         Its contiguous layout wants segments that start at multiples of 128 rows on Hopper: plan with ``alignment=128``.
         """
+        if _on_gpu("to_deepgemm", self):
+            return DeepGemmLayout(_device.row_experts(self), self.tokens_per_expert)
         xp = _backend.array_module(self.row_to_token)
         expert = xp.searchsorted(self.expert_offsets[1:], xp.arange(self.num_rows), side="right")
         m_indices = xp.where(self.row_to_token >= 0, expert, -1).astype(xp.int32)
@@ -126,7 +138,8 @@ class RoutePlan:
         """
         _check.one_of("to_te_row_id_map", "map_type", map_type, ("mask", "index"))
         if map_type == "index":
-            return self.token_to_row.T.reshape(-1)
+            return _device.rows_by_slot(self) if _on_gpu("to_te_row_id_map", self) else self.token_to_row.T.reshape(-1)
+        _with_values("to_te_row_id_map('mask')", self)
         xp = _backend.array_module(self.token_to_row)
         slots, experts = self._slot_experts()
         token = slots // self.top_k
@@ -150,6 +163,7 @@ class RoutePlan:
         Independent of the plan's own alignment. Slots that are not routed are left out.
         """
         block = _check.integer("to_block_lists", "block", block, 1, MAX_ROWS)
+        _with_values("to_block_lists", self)
         xp = _backend.array_module(self.token_to_row)
         slots, experts = self._slot_experts()
         order = xp.argsort(experts, kind="stable")
@@ -170,19 +184,13 @@ class RoutePlan:
 
         An expert in two slots of a token shows once.
         """
+        if _on_gpu("to_dense_map", self):
+            return _device.dense_map(self)
         xp = _backend.array_module(self.token_to_row)
         slots, experts = self._slot_experts()
         dense = xp.zeros((self.num_tokens, self.num_experts), xp.bool_)
         dense[slots // self.top_k, experts] = True
         return dense
-
-
-_MAPS: tuple[tuple[str, str, tuple[_check.Axis, ...]], ...] = (
-    ("tokens_per_expert", "int32", (("num_experts", None),)),
-    ("expert_offsets", "int64", (("num_experts + 1", None),)),
-    ("row_to_token", "int32", (("num_rows", None),)),
-    ("token_to_row", "int32", (("num_tokens", None), ("top_k", None))),
-)
 
 
 def unchecked_plan(
@@ -198,38 +206,16 @@ def unchecked_plan(
     return plan
 
 
-def _check_maps(plan: RoutePlan) -> None:
-    """The maps of a plan made by hand describe one assignment, so that no op reads or writes outside its arrays."""
-    xp = _backend.array_module(plan.row_to_token)
-    counts, offsets, tokens, slots = (getattr(plan, field) for field, _, _ in _MAPS)
-    if plan.num_experts < 1 or plan.top_k < 1:
-        sizes = f"{plan.num_experts} and {plan.top_k}"
-        raise _check.value_error("RoutePlan", "token_to_row", "of at least one expert and one slot", sizes)
-    ends = xp.cumsum(-(-counts.astype(xp.int64) // plan.alignment) * plan.alignment)
-    if counts.min() < 0 or offsets.shape != (counts.size + 1,) or offsets[0] != 0 or (offsets[1:] != ends).any():
-        expected = "the starts of the experts' tokens_per_expert rows, padded"
-        raise _check.value_error("RoutePlan", "expert_offsets", expected, _check.first_few(offsets))
-    if tokens.size != int(ends[-1]):
-        raise _check.value_error(
-            "RoutePlan", "row_to_token", f"of shape [num_rows={int(ends[-1])}]", list(tokens.shape)
-        )
-    row = xp.arange(tokens.size)
-    expert = xp.searchsorted(offsets[1:], row, side="right")
-    is_real = row - offsets[expert] < counts[expert]
-    if (tokens[~is_real] != -1).any() or (tokens[is_real] < 0).any() or (tokens >= plan.num_tokens).any():
-        expected = "tokens, and -1 on the padding at the end of each segment"
-        raise _check.value_error("RoutePlan", "row_to_token", expected, _check.first_few(tokens))
-    token, slot = xp.nonzero(slots != -1)
-    rows = slots[token, slot]
-    if not (
-        rows.size == int(is_real.sum())
-        and (rows >= 0).all()
-        and (rows < tokens.size).all()
-        and (tokens[rows] == token).all()
-        and xp.unique(rows).size == rows.size
-    ):
-        expected = "the rows that row_to_token gives each token, once each"
-        raise _check.value_error("RoutePlan", "token_to_row", expected, _check.first_few(slots.reshape(-1)))
+def _on_gpu(function: str, plan: RoutePlan) -> bool:
+    """Whether kernels write a layout of the plan."""
+    return _backend.choose(function, None, plan.row_to_token) == "cuda"
+
+
+def _with_values(function: str, plan: RoutePlan) -> None:
+    """What depends on values can be had of NumPy and CuPy arrays, from a GPU by waiting for it."""
+    if _check.is_device_array(plan.row_to_token):
+        expected = "of NumPy or CuPy arrays, since this waits for their values"
+        raise _check.type_error(function, "plan", expected, _check.describe(plan.row_to_token))
 
 
 def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend: str | None = None) -> RoutePlan:
@@ -252,7 +238,7 @@ def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend:
     ------
     ValueError
         For an id outside -1..num_experts-1 (the message has its value and place), and when the slots or the padded rows
-        pass 2**31 - 1.
+        pass 2**31 - 1. On a GPU such an id is not routed, and the rows are those that any ids could need.
 
     Notes
     -----
@@ -272,6 +258,8 @@ def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend:
         match _backend.choose("plan_routes", backend, ids):
             case "cpu":
                 parts = _backend.core.plan_routes(_signed(ids, num_experts), num_experts, alignment)
+            case "cuda":
+                parts = _device.plan_routes(ids, num_experts, alignment)
             case _:
                 xp = _backend.array_module(ids)
                 _check.expert_ids("plan_routes", "topk_idx", ids, num_experts)

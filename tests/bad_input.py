@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import pyroute
+
 BACKENDS = ["numpy", "cpu"]
 DTYPES = {
     name: np.dtype(name)
@@ -195,9 +197,12 @@ def wrong_choices(argument: str, *, none_is_legal: bool = False) -> list[Case]:
 
 
 def wrong_backends() -> list[Case]:
+    cuda = Case("backend cuda", {"backend": "cuda"}, RuntimeError, "backend 'cuda' is not available: ")
+    if pyroute.backends()["cuda"].available:  # the emulated one, beside its own tests
+        cuda = Case("backend cuda", {"backend": "cuda"}, TypeError, "backend must be one for the arrays' device")
     return [
         *wrong_choices("backend", none_is_legal=True),
-        Case("backend cuda", {"backend": "cuda"}, RuntimeError, "backend 'cuda' is not available: "),
+        cuda,
         Case("backend cupy", {"backend": "cupy"}, RuntimeError, "backend 'cupy' is not available: "),
     ]
 

@@ -144,6 +144,13 @@ PYROUTE_DEVICE Words load_words_once(const void *from) {
     return v;
 }
 
+// Written to global memory and not read by this kernel. Compilers split some plain stores of 16 bytes.
+PYROUTE_DEVICE void store_words_once(void *to, const Words &words) {
+    asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(to), "r"(words.w[0]), "r"(words.w[1]), "r"(words.w[2]), "r"(words.w[3]));
+}
+
 } // namespace pyroute::cuda
 
 #endif

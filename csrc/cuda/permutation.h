@@ -6,6 +6,11 @@
 
 namespace pyroute::cuda {
 
-void permute(const Stream &stream, const PermuteArgs &args);
+// Padding rows get `padding` over and over: zero, or four bytes where rows are float32.
+void permute(const Stream &stream, const PermuteArgs &args, uint32_t padding);
+
+void permute_quantize(const Stream &stream, const PermuteQuantizeArgs &args);
+void unpermute(const Stream &stream, const UnpermuteArgs &args);
+void unpermute_backward(const Stream &stream, const UnpermuteBackwardArgs &args);
 
 } // namespace pyroute::cuda

@@ -140,5 +140,6 @@ inline void store_words(void *to, const Words &words) {
     memcpy(to, &words, sizeof(words));
 }
 inline Words load_words_once(const void *from) { return load_words(from); }
+inline void store_words_once(void *to, const Words &words) { store_words(to, words); }
 
 } // namespace pyroute::cuda

@@ -1,0 +1,56 @@
+// What the kernels of this room take: the arguments of csrc/permutation.h with their cut into blocks and workspace.
+#pragma once
+
+#include <stdint.h>
+
+#include "../permutation.h"
+
+namespace pyroute::cuda {
+
+struct PlanRoutesArgs {
+    int64_t num_slots, top_k, num_experts, alignment, num_rows;
+    const void *topk_idx; // [num_slots], ids that are not experts are not routed
+    int32_t id_bytes;
+    bool id_signed;
+    int32_t *tokens_per_expert; // [num_experts]
+    int64_t *expert_offsets;    // [num_experts + 1]
+    int32_t *row_to_token;      // [num_rows]
+    int32_t *token_to_row;      // [num_slots]
+    // Slots are counted in chunks, runs of them. The last one may be short.
+    int64_t num_chunks, slots_per_chunk;
+    int32_t *chunk_rows;   // workspace [num_chunks, num_experts]: counts, then rows of the expert before the chunk's
+    uint32_t *blocks_done; // workspace [1]
+};
+
+// Layouts of other libraries.
+struct RouteLayoutArgs {
+    RouteMaps maps;
+    int64_t num_experts;
+    const int64_t *expert_offsets; // [num_experts + 1]
+    void *out;
+};
+
+// Blocks below `token_blocks` take tokens, the others rows, to fill those that are no token's.
+struct MoveArgs {
+    PermuteArgs move;
+    uint32_t padding; // four bytes of a padding row, the same ones if rows are not moved in multiples of four
+    uint32_t token_blocks;
+    uint32_t lanes_log2; // lanes that share a token's row
+};
+
+struct PermuteQuantizeLaunch {
+    PermuteQuantizeArgs move;
+    uint32_t token_blocks;
+};
+
+struct SumArgs {
+    UnpermuteArgs sum;
+    uint32_t lanes_log2;
+};
+
+struct SumBackwardArgs {
+    UnpermuteBackwardArgs sum;
+    uint32_t token_blocks;
+};
+
+} // namespace pyroute::cuda
