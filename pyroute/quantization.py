@@ -10,6 +10,8 @@ import numpy as np
 
 from . import _backend, _check
 from ._array import quantization as _array
+from ._device import arrays as _arrays
+from ._device import quantization as _device
 
 Array = Any
 Fp8Format = Literal["e4m3", "e5m2"]
@@ -41,8 +43,10 @@ def _row_block_starts(expert_offsets: Array, block_rows: int) -> Array:
 def _scales_shape(shape: tuple[int, ...], block: tuple[int, int], expert_offsets: Array | None) -> tuple[int, ...]:
     *lead, rows, cols = shape
     row_blocks = -(-rows // block[0])
-    if expert_offsets is not None:
+    if expert_offsets is not None and _check.has_values(expert_offsets):
         row_blocks = int(_row_block_starts(expert_offsets, block[0])[-1])
+    elif expert_offsets is not None:  # as many as there can be
+        row_blocks = (rows + (expert_offsets.shape[0] - 1) * (block[0] - 1)) // block[0]
     return (*lead, row_blocks, -(-cols // block[1]))
 
 
@@ -72,7 +76,7 @@ class Fp8Array:
     Parameters
     ----------
     codes : uint8 or ml_dtypes float8 [..., rows, cols]
-        At least two axes. On NumPy ``.codes`` is a float8 view (same memory), on CuPy uint8.
+        At least two axes. On NumPy ``.codes`` is a float8 view (same memory), on CuPy, which has no such type, uint8.
     scales : float32 [..., ceil(rows / block[0]), ceil(cols / block[1])]
         One per block, the last ones of an axis possibly partial; bfloat16 and float8_e8m0fnu are widened.
     block : (int, int)
@@ -81,7 +85,8 @@ class Fp8Array:
     expert_offsets : integer [num_experts + 1], optional
         For two axes: blocks restart at each of these rows, as ``quantize_fp8(..., expert_offsets=)`` writes them. The
         scales of expert e are then rows ``row_block_starts[e]`` to ``row_block_starts[e + 1]`` of ``scales``; rows from
-        ``expert_offsets[-1]`` on have no scale and are zero.
+        ``expert_offsets[-1]`` on have no scale and are zero. On a GPU, where nothing waits for the offsets, ``scales``
+        has as many rows as there can be, ``(rows + num_experts * (block[0] - 1)) // block[0]``; those behind are 1.
 
     Raises
     ------
@@ -107,10 +112,12 @@ class Fp8Array:
         codes = _backend.as_array("Fp8Array", "codes", self.codes, ("uint8", _check.DTYPE_NAMES[float8]))
         if codes.ndim < 2:
             raise _check.value_error("Fp8Array", "codes", "of at least two axes", list(codes.shape))
-        object.__setattr__(self, "codes", codes.view(float8) if isinstance(codes, np.ndarray) else codes)
+        object.__setattr__(self, "codes", codes if _check.is_cupy(codes) else codes.view(float8))
 
-        scales = _backend.as_array("Fp8Array", "scales", self.scales, ("float32", *_EXACT_IN_FLOAT32))
-        object.__setattr__(self, "scales", scales.astype("float32", copy=False))
+        on_device = isinstance(self.scales, _arrays.DeviceArray)  # which does no arithmetic
+        types = ("float32",) if on_device else ("float32", *_EXACT_IN_FLOAT32)
+        scales = _backend.as_array("Fp8Array", "scales", self.scales, types)
+        object.__setattr__(self, "scales", scales if on_device else scales.astype("float32", copy=False))
 
         if self.expert_offsets is not None:
             if codes.ndim != 2:
@@ -140,7 +147,12 @@ class Fp8Array:
     @property
     def row_block_starts(self) -> Array | None:
         """First row of ``scales`` of each expert, int64 [num_experts + 1]; None without expert_offsets."""
+        self._needs_library("row_block_starts")
         return None if self.expert_offsets is None else _row_block_starts(self.expert_offsets, self.block[0])
+
+    def _needs_library(self, function: str) -> None:
+        if isinstance(self.scales, _arrays.DeviceArray):
+            raise _check.type_error(function, "scales", "a NumPy or CuPy array", _check.describe(self.scales))
 
     def __getitem__(self, index: int | slice) -> Fp8Array:
         """One matrix, or a run of matrices, of a stack [..., rows, cols]; shares memory."""
@@ -149,6 +161,7 @@ class Fp8Array:
             raise _check.type_error("Fp8Array", "codes", expected, f"shape {list(self.shape)}")
         if isinstance(index, bool) or not isinstance(index, (int, np.integer, slice)):
             raise _check.type_error("Fp8Array", "index", "an integer or a slice", _check.describe(index))
+        index = index if isinstance(index, slice) else int(index)
         return Fp8Array(self.codes[index], self.scales[index], self.block, self.format)
 
     def dequantize(self, dtype: Any = "float32") -> Array:
@@ -161,10 +174,15 @@ class Fp8Array:
         Same shape and values; in memory the row index runs fastest, and each column starts at a multiple of 16 bytes
         (four floats), the floats between being zero.
         """
+        self._needs_library("scales_column_major")
         xp = _backend.array_module(self.scales)
         *lead, rows, cols = self.scales.shape
-        memory = xp.zeros((*lead, cols, -(-rows // 4) * 4), xp.float32)
-        memory[..., :rows] = xp.swapaxes(self.scales, -1, -2)
+        match _backend.choose("scales_column_major", None, self.scales):
+            case "cuda":
+                memory = _device.transposed(self.scales, -(-rows // 4) * 4)
+            case _:
+                memory = xp.zeros((*lead, cols, -(-rows // 4) * 4), xp.float32)
+                memory[..., :rows] = xp.swapaxes(self.scales, -1, -2)
         return xp.swapaxes(memory[..., :rows], -1, -2)
 
 
@@ -241,11 +259,14 @@ def quantize_fp8(
             _backend.core.quantize_fp8(
                 _matrices(x), cut, format, power_of_two, expert_offsets, _matrices(codes), _matrices(scales)
             )
-            return unchecked_fp8(codes, scales, block, format, expert_offsets)
+        case "cuda":
+            shape = _scales_shape(x.shape, block, expert_offsets)
+            codes, scales = _device.quantize(x, cut, format, power_of_two, expert_offsets, shape)
         case _:
             segments = _segments(expert_offsets, cut[0])
             codes, scales = _array.quantize(_backend.array_module(x), x, cut, format, power_of_two, segments)
-            return Fp8Array(codes, scales, block, format, expert_offsets)
+            codes = codes if _check.is_cupy(codes) else codes.view(_backend.FLOAT8[format])
+    return unchecked_fp8(codes, scales, block, format, expert_offsets)
 
 
 def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None = None) -> Array:
@@ -265,14 +286,15 @@ def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None =
         raise _check.type_error("dequantize_fp8", "q", "an Fp8Array", _check.describe(q))
     target = _backend.float_dtype("dequantize_fp8", "dtype", dtype, INPUT_TYPES)
     codes, cut = q.codes.view(np.uint8), _within(q.block, q.shape)
-    match _backend.choose("dequantize_fp8", backend, codes):
+    match _backend.choose("dequantize_fp8", backend, codes, q.scales, q.expert_offsets):
         case "cpu":
             out = _backend.empty(q.shape, target)
             _backend.core.dequantize_fp8(
                 _matrices(codes), _matrices(q.scales), cut, q.format, q.expert_offsets, _matrices(out)
             )
-            return out
+        case "cuda":
+            out = _device.dequantize(codes, q.scales, cut, q.format, q.expert_offsets, target)
         case _:
-            segments = _segments(q.expert_offsets, cut[0])
-            xp = _backend.array_module(codes)
-            return _array.dequantize(xp, codes, q.scales, cut, q.format, segments, target)
+            segments, xp = _segments(q.expert_offsets, cut[0]), _backend.array_module(codes)
+            out = _array.dequantize(xp, codes, q.scales, cut, q.format, segments, target)
+    return out

@@ -88,6 +88,25 @@ PYROUTE_DEVICE void load_elements(const typename Type::Storage *from, int64_t co
         x[i] = i < count ? static_cast<V>(Type::widen(from[i])) : V{0};
 }
 
+// N elements held as they lie in memory and widened at each use, to float: half the registers for 16-bit types. float64
+// is rounded at once.
+template <class Type, int N> struct Held {
+    Words words[N / per_words<Type>] = {};
+    PYROUTE_DEVICE void load(const typename Type::Storage *from) {
+        PYROUTE_UNROLL
+        for (int i = 0; i < N / per_words<Type>; ++i)
+            words[i] = load_words(from + per_words<Type> * i);
+    }
+    PYROUTE_DEVICE float operator[](int i) const {
+        return element_of<Type>(words[i / per_words<Type>], i % per_words<Type>);
+    }
+};
+template <int N> struct Held<Float64, N> {
+    float values[N] = {};
+    PYROUTE_DEVICE void load(const double *from) { load_elements<Float64>(from, values); }
+    PYROUTE_DEVICE float operator[](int i) const { return values[i]; }
+};
+
 template <class Type, class V> PYROUTE_DEVICE Words words_of(const V *x) {
     Words words;
     PYROUTE_UNROLL

@@ -2,9 +2,10 @@
 //
 //   block_scale   the largest finite magnitude of the block, as integers, which order like the floats; amax / max_value
 //                 in one IEEE division, or 1; the inverse in one more
-//   encode        cast(x * inverse): nearest even, finite values saturate, NaN and infinities become the one NaN code.
-//                 A block of finite values, whose scale is made for them, can neither overflow nor be NaN: two
-//                 conversions per instruction from sm_89 on, else one float32 addition each. Other blocks are rare
+//   encode        cast(x * inverse): nearest even, NaN and infinities become the one NaN code. A block's scale is made
+//                 for its finite values, so these cannot overflow: two conversions per instruction from sm_89 on, else
+//                 one float32 addition each. What is not finite is rare and put in afterwards
+//   encode_any    any float32: finite values saturate
 //   decode        exact; NaN codes give some NaN
 //
 // The integer cast: with the exponent e of x, at least the smallest normal one, the float32 number added is
@@ -82,7 +83,7 @@ template <class Format> PYROUTE_DEVICE uint32_t encode_finite2(float low, float 
 // What a block's elements are multiplied with and what is stored for it.
 struct BlockScale {
     float inverse, scale;
-    bool finite; // all elements are
+    bool finite; // all elements are, or at least those that the caller encodes
 };
 
 // Of the largest finite magnitude.
@@ -91,6 +92,24 @@ template <class Format> PYROUTE_DEVICE BlockScale scale_of(uint32_t amax, bool f
     if (power_of_two) // rounded up
         scale = float_of((bits_of(scale) + 0x7fffff) & infinity_bits);
     return {1.0f / scale, scale, finite};
+}
+
+// The largest magnitude of N elements, among all of them or among the finite ones. Elements are float[N], or anything
+// with an operator[].
+template <int N, class Elements> PYROUTE_DEVICE uint32_t largest_magnitude(const Elements &x) {
+    uint32_t most = 0;
+    PYROUTE_UNROLL
+    for (int i = 0; i < N; ++i)
+        most = max_of(most, magnitude_bits(x[i]));
+    return most;
+}
+PYROUTE_DEVICE uint32_t finite_magnitude(float x) { return magnitude_bits(x) < infinity_bits ? magnitude_bits(x) : 0; }
+template <int N, class Elements> PYROUTE_DEVICE uint32_t largest_finite_magnitude(const Elements &x) {
+    uint32_t most = 0;
+    PYROUTE_UNROLL
+    for (int i = 0; i < N; ++i)
+        most = max_of(most, finite_magnitude(x[i]));
+    return most;
 }
 
 // The largest of the values of `lanes` neighbouring lanes, a power of two that starts at a multiple of itself.
@@ -105,36 +124,36 @@ template <uint32_t lanes> PYROUTE_DEVICE uint32_t largest_of_lanes(uint32_t valu
 // The scale of a block that `lanes` lanes hold, N elements each; all of them get it.
 template <class Format, uint32_t lanes, int N>
 PYROUTE_DEVICE BlockScale block_scale(const float (&x)[N], bool power_of_two) {
-    uint32_t amax = 0;
-    PYROUTE_UNROLL
-    for (int i = 0; i < N; ++i)
-        amax = max_of(amax, magnitude_bits(x[i]));
-    amax = largest_of_lanes<lanes>(amax);
+    uint32_t amax = largest_of_lanes<lanes>(largest_magnitude<N>(x));
     const bool finite = amax < infinity_bits;
-    if (!finite) { // the same for all lanes of the block: look again at the finite ones
-        amax = 0;
-        PYROUTE_UNROLL
-        for (int i = 0; i < N; ++i)
-            amax = max_of(amax, magnitude_bits(x[i]) < infinity_bits ? magnitude_bits(x[i]) : 0);
-        amax = largest_of_lanes<lanes>(amax);
-    }
+    if (!finite) // the same for all lanes of the block: look again at the finite ones
+        amax = largest_of_lanes<lanes>(largest_finite_magnitude<N>(x));
     return scale_of<Format>(amax, finite, power_of_two);
 }
 
-// Four elements of a block to codes, the first in the low byte.
-template <class Format> PYROUTE_DEVICE uint32_t encode4(float a, float b, float c, float d, const BlockScale &block) {
-    a = a * block.inverse, b = b * block.inverse, c = c * block.inverse, d = d * block.inverse;
-    if (block.finite)
-        return encode_finite2<Format>(a, b) | encode_finite2<Format>(c, d) << 16;
-    return encode_any<Format>(a) | encode_any<Format>(b) << 8 | encode_any<Format>(c) << 16 |
-           encode_any<Format>(d) << 24;
+// Four products of a block to codes, the first in the low byte. `finite`: all of them are.
+template <class Format> PYROUTE_DEVICE uint32_t encode_products(float a, float b, float c, float d, bool finite) {
+    uint32_t codes = encode_finite2<Format>(a, b) | encode_finite2<Format>(c, d) << 16;
+    if (!finite) {
+        const float products[4] = {a, b, c, d};
+        PYROUTE_UNROLL
+        for (int i = 0; i < 4; ++i)
+            if (magnitude_bits(products[i]) >= infinity_bits)
+                codes = (codes & ~(0xffu << (8 * i))) | Format::nan_code << (8 * i);
+    }
+    return codes;
 }
 
-template <class Format, int N>
-PYROUTE_DEVICE void encode(const float (&x)[N], const BlockScale &block, uint32_t (&codes)[N / 4]) {
+// Elements of a block to codes.
+template <class Format> PYROUTE_DEVICE uint32_t encode4(float a, float b, float c, float d, const BlockScale &block) {
+    const float s = block.inverse;
+    return encode_products<Format>(a * s, b * s, c * s, d * s, block.finite);
+}
+template <class Format, class Elements, int Codes>
+PYROUTE_DEVICE void encode(const Elements &x, const BlockScale &block, uint32_t (&codes)[Codes]) {
     PYROUTE_UNROLL
-    for (int i = 0; i < N / 4; ++i)
-        codes[i] = encode4<Format>(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3], block);
+    for (int i = 0; i < 4 * Codes; i += 4)
+        codes[i / 4] = encode4<Format>(x[i], x[i + 1], x[i + 2], x[i + 3], block);
 }
 
 } // namespace pyroute::cuda
