@@ -46,7 +46,7 @@ foreach(arch IN LISTS PYROUTE_CUDA_ARCHS)
 endforeach()
 
 # The same flags as pyroute/_device/images.py gives NVRTC.
-set(nvcc_flags -fatbin -O3 -std=c++17 -fmad=false -lineinfo -I "${CMAKE_CURRENT_SOURCE_DIR}/csrc"
+set(nvcc_flags -fatbin --threads 0 -O3 -std=c++17 -fmad=false -lineinfo -I "${CMAKE_CURRENT_SOURCE_DIR}/csrc"
   -Xptxas --warn-on-spills,--warn-on-local-memory-usage)
 if(PYROUTE_WERROR)
   list(APPEND nvcc_flags -Werror all-warnings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 
 import pyroute
 from pyroute import _backend
+from pyroute._device import images
 
 needs_core = pytest.mark.skipif(not _backend.HAS_CORE, reason="the compiled floor is not built")
 
@@ -177,3 +179,22 @@ def test_sixteen_caller_threads():
         """
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_kernels_sources_are_there_with_all_that_they_include():
+    """What NVRTC reads lies in the package; a source tree has it in csrc."""
+    csrc = images._sources()
+    sources = sorted((csrc / "cuda").rglob("*.cu"))
+    assert {path.stem for path in sources} >= {"permutation", "gating", "grouped_gemm"}
+    seen, todo = set(), list(sources)
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        for name in re.findall(r'#include [<"](.*?)[>"]', path.read_text()):
+            if name.startswith("emulator/"):
+                continue
+            places = [path.parent / name, csrc / name, csrc / "cuda" / "nvrtc" / name]
+            found = next((place.resolve() for place in places if place.is_file()), None)
+            assert found is not None, f"{path.name} includes {name}"
+            if found not in seen:
+                todo.append(found)

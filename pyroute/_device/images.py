@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import os
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -18,7 +19,14 @@ from typing import NamedTuple
 
 from . import nvrtc
 
-_KERNELS = Path(__file__).resolve().parent.parent / "_kernels"
+
+def _kernels_folder() -> Path:
+    """Where the build put them: in the package; after an editable install it has a second folder, which was built."""
+    folders = [Path(root).resolve() / "_kernels" for root in sys.modules[__package__.partition(".")[0]].__path__]
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+_KERNELS = _kernels_folder()
 
 # As CMake gives nvcc: no contraction, IEEE division and square roots, subnormals kept, lines for the profilers.
 FLAGS = ("-std=c++17", "-fmad=false", "-lineinfo")

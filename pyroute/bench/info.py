@@ -84,6 +84,8 @@ def _backend_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             rows.append((name, f"[note]not available:[/] {escape(info['reason'])}"))
             continue
         rows.append((name, f"[good]available[/]  {escape(info['device'])}"))
+        if info["kernels"]:
+            rows.append(("", f"kernels: {escape(info['kernels'])}"))
         if name == "cpu":
             rows += [("", text) for text in _cpu_details(facts)]
     return rows
