@@ -22,6 +22,8 @@ template <> struct Elementary<float> {
     static constexpr int32_t round_magic_bits = 0x4b400000, sqrt_half_bits = 0x3f3504f3;
     static constexpr float log2_e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
     static constexpr float exp_min = -104.0f, exp_max = 89.0f;
+    // x - n ln2_hi. n has at most 8 bits and ln2_hi 9: their product is exact, so that fusing changes nothing.
+    PYROUTE_DEVICE static float without_ln2_hi(float x, float n) { return fmaf(n, -ln2_hi, x); }
     PYROUTE_DEVICE static float exp_poly(float r) {
         return (((0.0013814596459269524f * r + 0.0083687175065279f) * r + 0.04166838899254799f) * r +
                 0.1666652113199234f) *
@@ -46,6 +48,7 @@ template <> struct Elementary<double> {
     static constexpr double log2_e = 1.4426950408889634, ln2_hi = 6.93147180369123816490e-01,
                             ln2_lo = 1.90821492927058770002e-10;
     static constexpr double exp_min = -746.0, exp_max = 710.0;
+    PYROUTE_DEVICE static double without_ln2_hi(double x, double n) { return x - n * ln2_hi; }
     PYROUTE_DEVICE static double exp_poly(double r) {
         double p = 1.0 / 6227020800;
         p = p * r + 1.0 / 479001600;
@@ -89,7 +92,7 @@ template <class Scalar> PYROUTE_DEVICE ExpParts<Scalar> exp_parts(Scalar x) {
     using E = Elementary<Scalar>;
     const Scalar shifted = x * E::log2_e + E::round_magic;
     const Scalar n = shifted - E::round_magic;
-    const Scalar r = (x - n * E::ln2_hi) - n * E::ln2_lo;
+    const Scalar r = E::without_ln2_hi(x, n) - n * E::ln2_lo;
     return {(E::exp_poly(r) * (r * r) + r) + Scalar(1), shifted};
 }
 

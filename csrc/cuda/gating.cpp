@@ -62,6 +62,8 @@ std::optional<Cut> cut_for(const Variant &variant, const GatingArgs &args, int64
     launch.experts_per_lane = static_cast<int32_t>(run);
     launch.full =
         run == variant.items && size == run * lanes_per_group && router.num_groups * lanes_per_group == variant.lanes;
+    launch.renormalize_eps = static_cast<float>(router.renormalize_eps);
+    launch.scaling_factor = static_cast<float>(router.scaling_factor);
     launch.token_words = static_cast<int32_t>(variant.lanes * variant.items + 2 * round_up(router.top_k, 4));
     if (cut.shared_bytes_of(32) > shared_bytes)
         return {};

@@ -18,7 +18,7 @@ namespace pyroute::cuda {
 struct TokenRows {
     float *values; // [E] logits, scores, or exponentials of softmax; zeros to the end of the lanes
     int32_t *ids;  // [k]
-    float *slots;  // [k]
+    float *slots;  // [k], and zeros to a multiple of four
 };
 
 // What a softmax score is made of: exp(logit - largest) / sum.
@@ -45,7 +45,7 @@ PYROUTE_DEVICE float softmax_sum(const GatingLaunch &launch, const Share &mine, 
         ordered = ordered && z[i] == z[i];
     }
     largest = value_of_key(max_over_lanes<lanes>(key_of(largest)));
-    if (token_ballot<lanes>(mine, !ordered))
+    if (ballot(!ordered) & token_lanes<lanes>(mine))
         largest = nan_f32();
     bool in_range = true;
     PYROUTE_UNROLL
@@ -72,14 +72,28 @@ template <bool in_range, int items> PYROUTE_DEVICE void scores_of(Score score, f
     }
 }
 
+template <int items> PYROUTE_DEVICE bool all_in_range(const float (&z)[items], float range) {
+    bool in_range = true;
+    PYROUTE_UNROLL
+    for (int i = 0; i < items; ++i)
+        in_range = in_range && fabsf(z[i]) <= range;
+    return ballot(in_range) == all_lanes;
+}
+
 // --- choice -------------------------------------------------------------------------------------------------------
 
-template <int items>
+// With `numbers` none of them is NaN or -0.
+template <bool numbers, int items>
 PYROUTE_DEVICE void keys_of(const GatingLaunch &launch, const Share &mine, const float (&x)[items],
                             uint32_t (&keys)[items]) {
     PYROUTE_UNROLL
     for (int i = 0; i < items; ++i)
-        keys[i] = launch.full || i < mine.count ? key_of(x[i]) : 0;
+        keys[i] = numbers ? key_of_bits(bits_of(x[i])) : key_of(x[i]);
+    if (launch.full)
+        return;
+    PYROUTE_UNROLL
+    for (int i = 0; i < items; ++i)
+        keys[i] = i < mine.count ? keys[i] : 0;
 }
 
 // Chooses by logits where there are neither a bias nor groups. Leaves exponentials (softmax before the choice) or
@@ -90,8 +104,8 @@ PYROUTE_DEVICE float choose_by_logits(const GatingLaunch &launch, const Share &m
     const Router &router = launch.args.router;
     if (!launch.args.given_idx) {
         uint32_t keys[items];
-        keys_of(launch, mine, z, keys);
-        pick_experts<lanes>(mine, keys, best_two(keys), router.top_k, rows.ids);
+        keys_of<false>(launch, mine, z, keys);
+        pick_experts<lanes>(mine, keys, best_two(mine, keys), router.top_k, rows.ids);
     }
     if (router.score == Score::softmax && !router.post)
         return softmax_sum<lanes>(launch, mine, z, rows.values);
@@ -101,25 +115,23 @@ PYROUTE_DEVICE float choose_by_logits(const GatingLaunch &launch, const Share &m
 
 // Chooses by scores: with a bias, or with groups, or with both.
 template <int lanes, int items>
-PYROUTE_DEVICE float choose_by_scores(const GatingLaunch &launch, const Share &mine, int64_t token, float (&z)[items],
-                                      const TokenRows &rows) {
+PYROUTE_DEVICE float choose_by_scores(const GatingLaunch &launch, const Share &mine, bool bias_has_numbers,
+                                      int64_t token, float (&z)[items], const TokenRows &rows) {
     const Router &router = launch.args.router;
     const bool biased = launch.args.bias != nullptr, grouped = router.num_groups > 1;
     uint32_t keys[items];
     if (!biased)
-        keys_of(launch, mine, z, keys);
+        keys_of<false>(launch, mine, z, keys);
     float sum = 1.0f;
+    bool are_numbers = false; // and above 0
     if (router.score == Score::softmax) {
         sum = softmax_sum<lanes>(launch, mine, z, rows.values);
         PYROUTE_UNROLL
         for (int i = 0; i < items; ++i)
             z[i] = z[i] / sum;
     } else {
-        bool in_range = true;
-        PYROUTE_UNROLL
-        for (int i = 0; i < items; ++i)
-            in_range = in_range && is_in_range(router.score, z[i]);
-        if (ballot(in_range) == all_lanes)
+        are_numbers = all_in_range(z, range_of(router.score));
+        if (are_numbers)
             scores_of<true>(router.score, z);
         else
             scores_of<false>(router.score, z);
@@ -130,16 +142,19 @@ PYROUTE_DEVICE float choose_by_scores(const GatingLaunch &launch, const Share &m
         load_run<Float32>(launch.args.bias, 0, mine, launch.vectors, bias);
         PYROUTE_UNROLL
         for (int i = 0; i < items; ++i)
-            z[i] = z[i] + bias[i];
-        keys_of(launch, mine, z, keys);
+            z[i] = z[i] + bias[i]; // never -0: no score is
+        if (are_numbers && bias_has_numbers)
+            keys_of<true>(launch, mine, z, keys);
+        else
+            keys_of<false>(launch, mine, z, keys);
     }
-    BestTwo best = best_two(keys);
+    BestTwo best = best_two(mine, keys);
     if (grouped) {
         uint32_t first = best.key1, second = best.key2;
         if (!biased) {
             uint32_t ranking[items];
-            keys_of(launch, mine, z, ranking);
-            const BestTwo values = best_two(ranking);
+            keys_of<false>(launch, mine, z, ranking);
+            const BestTwo values = best_two(mine, ranking);
             first = values.key1;
             second = values.key2;
         }
@@ -179,6 +194,18 @@ PYROUTE_DEVICE void load_slots(const GatingLaunch &launch, const Share &mine, in
     }
 }
 
+// In order; slots that are not routed hold 0, as do those after the last, to a multiple of four.
+PYROUTE_DEVICE float sum_of_slots(const float *slots, int64_t top_k) {
+    float sum = 0.0f;
+    for (int64_t j = 0; j < top_k; j += 4) {
+        float four[4];
+        load_four(slots + j, four);
+        for (int i = 0; i < 4; ++i)
+            sum += four[i];
+    }
+    return sum;
+}
+
 // From the slots' logits to a softmax over those that are routed.
 template <int lanes> PYROUTE_DEVICE void softmax_of_slots(const Share &mine, int64_t top_k, const TokenRows &rows) {
     float largest = -infinity_f32();
@@ -189,21 +216,17 @@ template <int lanes> PYROUTE_DEVICE void softmax_of_slots(const Share &mine, int
     for (int64_t j = mine.index; j < top_k; j += lanes)
         rows.slots[j] = rows.ids[j] >= 0 ? exp_of(rows.slots[j] - largest) : 0.0f;
     sync_warp();
-    float sum = 0.0f;
-    for (int64_t j = 0; j < top_k; ++j)
-        sum += rows.slots[j];
+    const float sum = sum_of_slots(rows.slots, top_k);
     sync_warp();
     for (int64_t j = mine.index; j < top_k; j += lanes)
         rows.slots[j] = rows.ids[j] >= 0 ? rows.slots[j] / sum : 0.0f;
 }
 
-PYROUTE_DEVICE float weight_divisor(const Router &router, const float *slots) {
+PYROUTE_DEVICE float weight_divisor(const GatingLaunch &launch, const float *slots) {
+    const Router &router = launch.args.router;
     if (router.renormalize == Renormalize::none)
         return 1.0f;
-    float sum = 0.0f;
-    for (int64_t j = 0; j < router.top_k; ++j)
-        sum += slots[j]; // 0 where it is not routed
-    const auto eps = static_cast<float>(router.renormalize_eps);
+    const float sum = sum_of_slots(slots, router.top_k), eps = launch.renormalize_eps;
     return router.renormalize == Renormalize::sum ? sum + eps : (sum < eps ? eps : sum);
 }
 
@@ -212,11 +235,10 @@ PYROUTE_DEVICE void write_slots(const GatingLaunch &launch, const Share &mine, i
                                 int32_t *counts) {
     const GatingArgs &args = launch.args;
     const Router &router = args.router;
-    const float divisor = weight_divisor(router, rows.slots);
-    const auto scale = static_cast<float>(router.scaling_factor);
+    const float divisor = weight_divisor(launch, rows.slots);
     for (int64_t j = mine.index; j < router.top_k; j += lanes) {
         const int32_t id = rows.ids[j];
-        const float weight = canonical(rows.slots[j] / divisor * scale);
+        const float weight = canonical(rows.slots[j] / divisor * launch.scaling_factor);
         args.topk_idx[token * router.top_k + j] = id;
         static_cast<float *>(args.topk_weights)[token * router.top_k + j] = id >= 0 ? weight : 0.0f;
         if (id >= 0)
@@ -255,16 +277,24 @@ template <int lanes, int items> PYROUTE_DEVICE void gate_tokens(const GatingLaun
         counts[e] = 0;
     for (uint32_t e = mine.index; e < row_words<lanes, items>; e += lanes)
         rows.values[e] = 0.0f;
+    for (int64_t j = mine.index; j < slot_words; j += lanes)
+        rows.slots[j] = 0.0f;
     sync_block();
 
     const bool by_scores = !args.given_idx && (args.bias || router.num_groups > 1);
+    bool bias_has_numbers = false;
+    if (args.bias) {
+        float bias[items];
+        load_run<Float32>(args.bias, 0, mine, launch.vectors, bias);
+        bias_has_numbers = all_in_range(bias, 3.0e38f); // and no infinity, whose sum with a score would do as well
+    }
     const int64_t warps = blockDim.x / 32, stride = gridDim.x * warps * tokens;
     for (int64_t base = (blockIdx.x * warps + warp_id()) * tokens; base < args.logits.num_tokens; base += stride) {
         const bool is_token = base + mine.token < args.logits.num_tokens;
         const int64_t token = is_token ? base + mine.token : args.logits.num_tokens - 1;
         float z[items];
         load_logits(launch, token, mine, z);
-        const float sum = by_scores ? choose_by_scores<lanes>(launch, mine, token, z, rows)
+        const float sum = by_scores ? choose_by_scores<lanes>(launch, mine, bias_has_numbers, token, z, rows)
                                     : choose_by_logits<lanes>(launch, mine, z, rows);
         sync_warp();
         load_slots<lanes>(launch, mine, token, args.token_mask && !args.token_mask[token], by_scores, sum, rows);

@@ -11,10 +11,11 @@ struct GatingLaunch {
     GatingArgs args;
     uint32_t group_shift; // lanes_per_group = 1 << group_shift
     int32_t experts_per_lane;
-    int32_t token_words; // 32-bit words of shared memory of a token
-    bool vectors;        // every run starts at a multiple of 4 logits and has a multiple of 4
-    bool full;           // every lane holds as many experts as it has registers
-    bool alone;          // the only block: counts are written, not added
+    float renormalize_eps, scaling_factor; // the router's, rounded
+    int32_t token_words;                   // 32-bit words of shared memory of a token
+    bool vectors;                          // every run starts at a multiple of 4 logits and has a multiple of 4
+    bool full;                             // every lane holds as many experts as it has registers
+    bool alone;                            // the only block: counts are written, not added
 };
 
 // topk_gating of any other router: a token to a warp, its rows in a workspace.

@@ -13,31 +13,32 @@ namespace pyroute::cuda {
 // Best and second best of a lane's run; key 0: there is none.
 struct BestTwo {
     uint32_t key1, key2;
-    int32_t at1, at2;
+    int32_t id1, id2;
 };
 
-PYROUTE_DEVICE void offer(BestTwo &best, uint32_t key, int32_t at) {
+PYROUTE_DEVICE void offer(BestTwo &best, uint32_t key, int32_t id) {
     const bool first = key > best.key1, second = key > best.key2; // of equal keys the first stays first
-    best.at2 = first ? best.at1 : second ? at : best.at2;
+    best.id2 = first ? best.id1 : second ? id : best.id2;
     best.key2 = first ? best.key1 : second ? key : best.key2;
-    best.at1 = first ? at : best.at1;
+    best.id1 = first ? id : best.id1;
     best.key1 = first ? key : best.key1;
 }
 
-template <int items> PYROUTE_DEVICE BestTwo best_two(const uint32_t (&keys)[items]) {
+template <int items> PYROUTE_DEVICE BestTwo best_two(const Share &mine, const uint32_t (&keys)[items]) {
     BestTwo best = {keys[0], 0, 0, 0};
     PYROUTE_UNROLL
     for (int i = 1; i < items; ++i)
         offer(best, keys[i], i);
-    return best;
+    return {best.key1, best.key2, mine.first + best.id1, mine.first + best.id2};
 }
 
 // Among those that come after one of them.
-template <int items> PYROUTE_DEVICE BestTwo best_two_after(const uint32_t (&keys)[items], uint32_t key, int32_t at) {
+template <int items>
+PYROUTE_DEVICE BestTwo best_two_after(const Share &mine, const uint32_t (&keys)[items], uint32_t key, int32_t id) {
     BestTwo best = {0, 0, 0, 0};
     PYROUTE_UNROLL
     for (int i = 0; i < items; ++i)
-        offer(best, keys[i] < key || (keys[i] == key && i > at) ? keys[i] : 0, i);
+        offer(best, keys[i] < key || (keys[i] == key && mine.first + i > id) ? keys[i] : 0, mine.first + i);
     return best;
 }
 
@@ -56,14 +57,13 @@ PYROUTE_DEVICE bool keeps_group(const GatingLaunch &launch, const Share &mine, u
     uint32_t key = first;
     if (router.group_topn == 2 && first)
         key = key_of(value_of_key(first) + value_of_key(second));
+    const uint32_t before = mine.before & ~(all_lanes << (lane_id() >> launch.group_shift << launch.group_shift));
     bool kept = false;
     for (int64_t i = 0; i < router.topk_groups; ++i) {
-        const uint32_t best = max_over_lanes<lanes>(key);
-        const uint32_t winner = first_bit(token_ballot<lanes>(mine, key == best));
-        if (mine.index >> launch.group_shift == winner >> launch.group_shift) {
-            kept = true;
-            key = 0;
-        }
+        const bool is_best = key == max_over_lanes<lanes>(key);
+        const bool won = !(ballot(is_best) & before) && is_best; // every lane of the lowest group
+        kept = kept || won;
+        key = won ? 0 : key;
     }
     return kept;
 }
@@ -76,14 +76,15 @@ PYROUTE_DEVICE void pick_experts(const Share &mine, const uint32_t (&keys)[items
                                  int32_t *ids) {
     for (int64_t j = 0; j < top_k; ++j) {
         const uint32_t key = max_over_lanes<lanes>(best.key1);
-        const uint32_t winner = first_bit(token_ballot<lanes>(mine, best.key1 == key));
-        if (mine.index == winner) {
-            const int32_t at = best.at1;
-            ids[j] = mine.first + at;
-            best = {best.key2, 0, best.at2, 0};
-            if (!best.key1)
-                best = best_two_after(keys, key, at);
-        }
+        const int32_t id = best.id1;
+        const bool is_best = best.key1 == key, won = !(ballot(is_best) & mine.before) && is_best;
+        if (won)
+            ids[j] = id;
+        best.key1 = won ? best.key2 : best.key1;
+        best.id1 = won ? best.id2 : best.id1;
+        best.key2 = won ? 0 : best.key2;
+        if (won && !best.key1)
+            best = best_two_after(mine, keys, key, id);
     }
 }
 

@@ -15,6 +15,7 @@ namespace pyroute::cuda {
 struct Share {
     uint32_t index;  // among its token's lanes
     uint32_t token;  // among its warp's tokens
+    uint32_t before; // the lanes of the token before this one, a bit each
     int32_t first;   // of its run; a lane without experts stands at the last one
     int32_t count;   // experts in its run
     int32_t nearest; // the last position that can be read: count - 1, or 0
@@ -26,6 +27,7 @@ template <int lanes> PYROUTE_DEVICE Share share_of(const GatingLaunch &launch) {
     Share mine;
     mine.index = lane_id() % lanes;
     mine.token = lane_id() / lanes;
+    mine.before = ((1u << mine.index) - 1) << (mine.token * lanes);
     const auto group = static_cast<int32_t>(mine.index >> launch.group_shift);
     const auto part = static_cast<int32_t>(mine.index & ((1u << launch.group_shift) - 1));
     const int32_t begin = part * launch.experts_per_lane;
@@ -110,6 +112,10 @@ PYROUTE_DEVICE void store_run(const GatingLaunch &launch, const Share &mine, con
 
 // --- all lanes of a token -----------------------------------------------------------------------------------------
 
+template <int lanes> PYROUTE_DEVICE uint32_t token_lanes(const Share &mine) {
+    return (all_lanes >> (32 - lanes)) << (mine.token * lanes);
+}
+
 template <int lanes> PYROUTE_DEVICE uint32_t max_over_lanes(uint32_t x) {
     if constexpr (lanes == 32) {
         return reduce_max(x);
@@ -119,15 +125,6 @@ template <int lanes> PYROUTE_DEVICE uint32_t max_over_lanes(uint32_t x) {
             x = max_of(x, shuffle_xor(x, distance));
         return x;
     }
-}
-
-// One bit per lane of the token for which it is true.
-template <int lanes> PYROUTE_DEVICE uint32_t token_ballot(const Share &mine, bool value) {
-    const uint32_t bits = ballot(value);
-    if constexpr (lanes == 32)
-        return bits;
-    else
-        return bits >> (mine.token * lanes) & ((1u << lanes) - 1);
 }
 
 template <int lanes, int items> constexpr int row_words = lanes * items; // the end of a row stays zero

@@ -1,8 +1,8 @@
 // Scores of logits, one at a time: docs/ops/gating.md, with the bits of csrc/cpu/scalar/gating_scores.h. Integer keys
 // in the order of numbers.
 //
-// in_range programs have fewer steps and no branches, and the same bits, for logits from -range to +range (softmax: at
-// most range below the row's largest; sqrtsoftplus: not below its threshold); NaN is in no range.
+// in_range programs have fewer steps and no branches, and the same bits, for logits of a magnitude of at most range_of
+// (softmax: at most score_range below the row's largest); NaN is in no range.
 #pragma once
 
 #include "../gating.h"
@@ -75,8 +75,9 @@ template <bool in_range, class Scalar> PYROUTE_DEVICE Scalar score_of(Score scor
     return score == Score::sigmoid ? sigmoid_of<in_range>(z) : sqrtsoftplus_of<in_range>(z);
 }
 
-PYROUTE_DEVICE bool is_in_range(Score score, float z) {
-    return fabsf(z) <= score_range && (score == Score::sigmoid || z >= ScoreLimits<float>::small_logit);
+// The largest magnitude of a logit that is in range.
+PYROUTE_DEVICE float range_of(Score score) {
+    return score == Score::sigmoid ? score_range : -ScoreLimits<float>::small_logit;
 }
 
 template <class Scalar> struct ScoreAndSlope {
