@@ -44,7 +44,7 @@ def shape(model: str, tokens: int) -> Shape:
 
 def small(s: Shape) -> Shape:
     """At most 64 tokens and 8 experts of 1024 x 512: where cases only have to run."""
-    config = pyroute.RouterConfig(8, min(2, s.top_k), s.config.score)
+    config = pyroute.RouterConfig(8, min(2, s.top_k), s.config.score, renormalize="sum")
     return s._replace(tokens=min(64, s.tokens), hidden=1024, intermediate=512, num_experts=8, config=config)
 
 

@@ -25,6 +25,7 @@ MODULES = (
     "torch_compile",
     "torch_gemm",
     "numba_loops",
+    "jax_xla",
     "ggml_ops",
     "transformers_experts",
     "vllm_cpu",
