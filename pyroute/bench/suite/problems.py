@@ -114,8 +114,8 @@ class GateBackward(Problem):
             self.grad.astype(np.float64), self.logits.astype(np.float64), self._wide(), self.config,
             balance_loss_coef=self.balance, backend="numpy",
         )  # fmt: skip
-        # Renormalised weights hardly change with their logits where one expert has it all: such a row's gradient is what
-        # cancellation leaves, and is measured by what cancels, the gradient that came in.
+        # Renormalised weights hardly change with their logits where one expert has it all: what cancellation leaves of
+        # such a row is measured by what cancels, the gradient that came in.
         sizes = np.maximum(np.linalg.norm(exact, axis=-1), 0.1 * np.linalg.norm(self.grad, axis=-1))
         distance = np.linalg.norm(np.asarray(result, np.float64) - exact, axis=-1)
         return float((distance / sizes).max()) if np.isfinite(distance).all() else float("inf")
