@@ -167,8 +167,10 @@ def run_cost(args: argparse.Namespace) -> int:
     if args.threads:
         set_num_threads(args.threads)
     known = {"tokens": args.training_tokens, "price": args.price, "sequence": args.sequence, "rate": args.rate}
+    cost.sizes_of(args.model)
     with terminal.progress(0 if args.no_measure else cost.NUM_STEPS) as step:
-        report = cost.estimate(args.model, **known, step=None if args.no_measure else step)
+        measured = {} if args.no_measure else cost.measure_rates(args.model, step)
+    report = cost.estimate(args.model, **known, measured=measured)
     if args.json:
         terminal.write_json(report, args.json)
     if console:

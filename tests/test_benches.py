@@ -351,3 +351,24 @@ def test_a_models_gate_has_a_right_answer_in_every_column(benches, model, tmp_pa
 def test_a_load_that_is_none_is_one_sentence(benches, load, capsys):
     assert main(["bench", "gate", "--load", load]) == 2
     assert "--load must be one of random, " in capsys.readouterr().err
+
+
+def test_cost_at_the_rates_of_the_run(benches, tmp_path, capsys):
+    path = tmp_path / "out.json"
+    argv = ["bench", "prefill", "--quick", "--rounds", "1", "--model", "mixtral", "--cost", "--json", str(path)]
+    assert main(argv) == 0
+    document = json.loads(path.read_text())
+    at = {one["device"]: one["tflops"] for one in document["cost"]["training"]["at"]}
+    line = by_column([line for line in document["lines"] if line["op"] == "gemm"])["pyroute FP8"]
+    assert at["this machine's GEMM, FP8"] == pytest.approx(line["flops"] / line["median_s"] / 1e12)
+    assert "device hours" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv", [["--cost"], ["--cost", "--model", "llama4"], ["--cost", "--model", "mixtral", "--scaling"]]
+)
+def test_cost_of_nothing_is_one_sentence(benches, more, capsys):
+    assert main(["bench", "--cost", *more.split()]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1

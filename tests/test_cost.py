@@ -12,8 +12,7 @@ from pyroute.bench.model_sizes import MODELS
 
 
 def estimate(name="deepseek-v3", **changed):
-    arguments = {"tokens": None, "price": 2.0, "sequence": 4096, "rate": None, "step": None, **changed}
-    return cost.estimate(name, **arguments)
+    return cost.estimate(name, **changed)
 
 
 @pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
@@ -63,7 +62,7 @@ def test_a_stated_rate_gives_hours_and_money():
 @pytest.mark.slow
 def test_this_machine_is_measured():
     steps: list[str] = []
-    report = estimate("qwen3-moe", step=steps.append)
+    report = estimate("qwen3-moe", measured=cost.measure_rates("qwen3-moe", steps.append))
     assert len(steps) == cost.NUM_STEPS
     assert all(1e-4 < at["tflops"] < 1e4 for at in report["training"]["at"])
 

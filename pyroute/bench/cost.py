@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -31,12 +33,16 @@ _MEASURED_ROWS, _MEASURED_EXPERTS, _MEASURED_RUNS = 512, 2, 3
 
 
 def estimate(
-    name: str, *, tokens: float | None, price: float, sequence: int, rate: float | None, step: Steps | None
+    name: str,
+    *,
+    tokens: float | None = None,
+    price: float = 2.0,
+    sequence: int = 4096,
+    rate: float | None = None,
+    measured: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """Everything that ``cost`` shows; JSON-ready. ``rate`` is TFLOP/s; without ``step`` nothing is measured."""
-    if name not in MODELS:
-        raise UsageError(f"--model must be one of {', '.join(MODELS)}, got {name}")
-    model = MODELS[name]
+    """Everything that ``cost`` shows; JSON-ready. Rates are TFLOP/s, stated by the user and measured here."""
+    model = sizes_of(name)
     tokens = PUBLISHED["tokens"] if tokens is None else tokens
     forward = 2.0 * model.active + model.attention_flops(sequence)
     training = 3.0 * forward * tokens
@@ -67,11 +73,23 @@ def estimate(
         report["published"] = {**PUBLISHED, "all_dollars": PUBLISHED["all_hours"] * PUBLISHED["price"]}
     if rate is not None:
         at.append(hours("the rate you state", rate, training, price))
-    if step is not None:
-        for kind in TYPES:
-            step(f"grouped GEMM of {name}, {kind} weights")
-            at.append(hours(f"this machine's GEMM, {kind} weights", measured_rate(model, kind), training, price))
+    at += [hours(f"this machine's GEMM, {kind}", found, training, price) for kind, found in measured.items()]
     return report
+
+
+def measure_rates(name: str, step: Steps) -> dict[str, float]:
+    """TFLOP/s of this machine's grouped GEMM with the model's widths, by the type of the weights."""
+    rates = {}
+    for kind in TYPES:
+        step(f"grouped GEMM of {name}, {kind} weights")
+        rates[f"{kind} weights"] = measured_rate(sizes_of(name), kind)
+    return rates
+
+
+def sizes_of(name: str) -> ModelSizes:
+    if name not in MODELS:
+        raise UsageError(f"--model must be one of {', '.join(MODELS)}, got {name}")
+    return MODELS[name]
 
 
 def weights_bytes(model: ModelSizes) -> dict[str, float]:

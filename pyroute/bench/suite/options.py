@@ -35,6 +35,7 @@ def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cold", action="store_true", help="empty the caches before every call")
     parser.add_argument("--plot", metavar="FILE.html", help="one page with pictures of everything that was measured")
     parser.add_argument("--compare", metavar="OLD.json", help="what became slower since; exit status 1 if anything did")
+    parser.add_argument("--cost", action="store_true", help="what the --model costs at the rates just measured, too")
     parser.add_argument("--scaling", action="store_true", help="how times grow with sizes, threads and load instead")
     parser.add_argument("--parts", default="", help=f"of --scaling: some of {','.join(PARTS)}")
     parser.add_argument("--threads", metavar="N", type=int, default=0, help="threads of everybody (default: all)")

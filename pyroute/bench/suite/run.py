@@ -14,9 +14,10 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from .. import cost
 from ..limits import measure_limits
 from ..machine import available_memory
-from ..terminal import progress, write_json
+from ..terminal import UsageError, progress, report_console, write_json
 from . import alone, bars, changes, harness, options, page, peers, records, report, scaling, shapes
 from .peers.ours import set_threads
 
@@ -112,6 +113,16 @@ def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
     return outcomes
 
 
+def product_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """TFLOP/s of pyroute's products of many rows, by column: what a model's operations would run at."""
+    return {
+        line["column"].removeprefix("pyroute "): line["flops"] / line["median_s"] / 1e12
+        for line in lines
+        if line["op"] == "gemm" and line["column"].startswith("pyroute") and "decode" not in line["case"]
+        if line.get("median_s")
+    }
+
+
 def bench(args: argparse.Namespace) -> int:
     """The command: measure, write, show; 130 if it was interrupted, 1 if something became slower."""
     if args.scaling:
@@ -123,6 +134,11 @@ def bench(args: argparse.Namespace) -> int:
     options.load(args.load)
     args.memory = available_memory() // 3  # of one form of the weights: peers keep their own, wider or narrower
     args.interrupted = False
+    if args.cost:
+        if not args.model or args.scaling:
+            raise UsageError("--cost needs --model, and times of its operations")
+        cost.sizes_of(args.model)
+        args.rows = list(dict.fromkeys([*args.rows, "prefill"]))
     old = changes.read(args.compare) if args.compare else []
     started, facts = time.time(), records.common_facts()
     outcomes: list[Outcome] = []
@@ -135,8 +151,10 @@ def bench(args: argparse.Namespace) -> int:
             outcomes = run(args, everyone)
             lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
     changed = changes.find(old, lines)
+    costs = cost.estimate(args.model, measured=product_rates(lines)) if args.cost else None
     if args.json:
-        found = {"changes": [change.as_dict() for change in changed]} if args.compare else {}
+        found: dict[str, Any] = {"changes": [change.as_dict() for change in changed]} if args.compare else {}
+        found |= {"cost": costs} if costs else {}
         write_json({**facts, "seconds": time.time() - started, "lines": lines, **found}, args.json)
     if args.json != "-":
         if args.scaling:
@@ -145,6 +163,8 @@ def bench(args: argparse.Namespace) -> int:
             report.show(outcomes, everyone, args)
         if args.compare:
             changes.show(changed, changes.machine_changed(old, lines), args.compare)
+        if costs:
+            cost.show(report_console(), costs)
     if args.plot:
         page.write(args.plot, facts, lines, report.missing(everyone))
     if args.record and lines:
