@@ -88,9 +88,9 @@ constexpr Choice general(const char *kernel, int64_t tile_rows, int64_t tile_col
     return {"grouped_gemm", kernel, tile_rows,
             tile_cols,      128,    static_cast<uint32_t>((tile_rows + tile_cols) * 128 * 4)};
 }
-constexpr Choice mma(const char *room, const char *kernel, int tile_rows, int b_bytes = 128) {
-    const int shared = mma_stages(tile_rows) * mma_stage_bytes(tile_rows, b_bytes);
-    return {room, kernel, tile_rows, 128, 256, static_cast<uint32_t>(shared)};
+constexpr Choice mma(const char *room, const char *kernel, int tile_rows, bool mixed = false) {
+    const MmaRing ring = mma_ring(tile_rows, mixed);
+    return {room, kernel, tile_rows, 128, 256, static_cast<uint32_t>(ring.stages * ring.stage_bytes(tile_rows))};
 }
 
 // PYROUTE_GROUPED_GEMM=general: the kernels with the CPU floor's bytes for everything, to compare with.
@@ -137,7 +137,7 @@ Choice mma_for_rows(const GroupedGemmArgs &args, bool transposed, bool low) {
                    transposed ? low ? "grouped_gemm_mixed_dgrad_low" : "grouped_gemm_mixed_dgrad"
                    : low      ? "grouped_gemm_mixed_low"
                               : "grouped_gemm_mixed",
-                   rows, 64);
+                   rows, true);
     if (are(a, e5m2, b, e4m3) && transposed)
         return mma("grouped_gemm_fp8", low ? "grouped_gemm_e5m2_dgrad_low" : "grouped_gemm_e5m2_dgrad", rows);
     return {};

@@ -27,11 +27,21 @@ struct WgradProductArgs {
     int64_t tile_group;
 };
 
-// Dynamic shared memory of the kernels in grouped_gemm_mma.cuh: a ring of stages of 128 bytes of the contraction for
-// each row and `b_bytes` for each of 128 columns, and their scales.
-PYROUTE_ANYWHERE constexpr int mma_stage_bytes(int rows, int b_bytes) {
-    return (rows * 128 + 128 * b_bytes + (rows + 128) * 4 + 127) / 128 * 128;
+// The ring of the kernels in grouped_gemm_mma.cuh, in dynamic shared memory: stages of some bytes of the contraction
+// for each of `rows` rows and of 128 columns, and their scales.
+struct MmaRing {
+    int stages, a_bytes, b_bytes;
+
+    PYROUTE_ANYWHERE constexpr int stage_bytes(int rows) const {
+        return (rows * a_bytes + 128 * b_bytes + (rows + 128) * 4 + 127) / 128 * 128;
+    }
+};
+// 128 rows: at most 99 KiB, all that a block may have on the smallest cards. 16 rows: two blocks on an SM or more;
+// bfloat16 beside FP8 has stages of twice the depth there, or a stage's fixed cost would be as much as its products.
+PYROUTE_ANYWHERE constexpr MmaRing mma_ring(int rows, bool mixed) {
+    if (rows == 128)
+        return {3, 128, mixed ? 64 : 128};
+    return mixed ? MmaRing{3, 256, 128} : MmaRing{4, 128, 128};
 }
-constexpr int mma_stages(int rows) { return rows == 128 ? 3 : 4; } // 99 KiB, the most that every card has; 75 KiB
 
 } // namespace pyroute::cuda

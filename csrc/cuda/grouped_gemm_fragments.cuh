@@ -46,17 +46,19 @@ template <int item_, bool across_, int extent_, int depth_> struct Panel {
 template <Kind kind_, bool a_e5m2_, bool a_across, bool b_across, int rows_> struct Config {
     static constexpr Kind kind = kind_;
     static constexpr bool a_e5m2 = a_e5m2_;
-    static constexpr int rows = rows_, cols = 128, stages = mma_stages(rows), warps = 8;
+    static constexpr int rows = rows_, cols = 128, warps = 8;
+    static constexpr MmaRing ring = mma_ring(rows, kind == Kind::mixed);
     static constexpr int warps_down = rows == 128 ? 4 : 1, warps_across = warps / warps_down;
     static constexpr int warp_rows = rows / warps_down, warp_cols = cols / warps_across;
     static constexpr int row_parts = warp_rows / 16, col_parts = warp_cols / 8;
-    static constexpr int depth = kind == Kind::fp8 ? 128 : 64; // of a stage
-    static constexpr int step = kind == Kind::bf16 ? 16 : 32;  // of a set of fragments
+    static constexpr int stages = ring.stages, depth = ring.a_bytes / (kind == Kind::fp8 ? 1 : 2); // of a stage
+    static constexpr int step = kind == Kind::bf16 ? 16 : 32; // of a set of fragments
     using A = Panel<kind == Kind::fp8 ? 1 : 2, a_across, rows, depth>;
     using B = Panel<kind == Kind::bf16 ? 2 : 1, b_across, cols, depth>;
     static constexpr int scales_at = A::bytes + B::bytes; // of the rows, then of the columns
-    static constexpr int stage_bytes = mma_stage_bytes(rows, B::bytes / cols);
+    static constexpr int stage_bytes = ring.stage_bytes(rows);
     static_assert(scales_at + (rows + cols) * 4 <= stage_bytes, "a stage holds both panels and their scales");
+    static constexpr bool row_scales = kind == Kind::fp8, col_scales = kind != Kind::bf16; // bfloat16 has none
 
     // Rows and columns of the warp that a lane's sums belong to: sum[i][j][2 * half + k] is (row_of(i, half),
     // col_of(j, k)).
@@ -74,38 +76,33 @@ template <Kind kind_, bool a_e5m2_, bool a_across, bool b_across, int rows_> str
 struct Wide {
     uint32_t low, high;
 };
-PYROUTE_DEVICE uint32_t nan_codes(uint32_t codes) { // of e4m3: the top bit of their bytes
-    return ((codes & 0x7f7f7f7fu) + 0x01010101u) & 0x80808080u;
+PYROUTE_DEVICE Wide top_bytes(uint32_t codes) { // each code as the upper byte of a half
+    return {select_bytes(codes, 0, 0x1404u), select_bytes(codes, 0, 0x3424u)};
 }
-PYROUTE_DEVICE uint32_t top_bytes(uint32_t codes, bool high) { // two codes as the upper bytes of two halves
-    return select_bytes(codes, 0, high ? 0x3424u : 0x1404u);
-}
-PYROUTE_DEVICE uint32_t quiet(uint32_t nan, bool high, uint32_t bits) { // `bits` in the halves whose code is NaN
-    return (top_bytes(nan, high) >> 15 & 0x00010001u) * bits;
+PYROUTE_DEVICE Wide nan_halves(uint32_t codes) { // all bits of the halves of e4m3's NaN codes; no branch: it costs more
+    const uint32_t nan = (codes & 0x7f7f7f7fu) + 0x01010101u;
+    return {select_top_bits(nan, 0x1100u), select_top_bits(nan, 0x3322u)};
 }
 template <bool e5m2> PYROUTE_DEVICE Wide to_f16(uint32_t codes) {
     if (!e5m2 && converts_fp8())
         return {f16_pair_of_e4m3(codes & 0xffff), f16_pair_of_e4m3(codes >> 16)};
-    Wide wide = {top_bytes(codes, false), top_bytes(codes, true)};
+    Wide wide = top_bytes(codes);
     if constexpr (!e5m2) { // whose codes are the upper byte of a float16
-        for (uint32_t *half : {&wide.low, &wide.high})
-            *half = (*half & 0x80008000u) | (*half & 0x7f007f00u) >> 1;
-        if (const uint32_t nan = nan_codes(codes)) {
-            wide.low |= quiet(nan, false, 0x7e00u);
-            wide.high |= quiet(nan, true, 0x7e00u);
-        }
+        const auto rebased = [](uint32_t top, uint32_t nan) {
+            return (top & 0x80008000u) | (top >> 1 & 0x3f803f80u) | (nan & 0x7e007e00u);
+        };
+        const Wide nan = nan_halves(codes);
+        wide = {rebased(wide.low, nan.low), rebased(wide.high, nan.high)};
     }
     return wide;
 }
 PYROUTE_DEVICE Wide e4m3_to_bf16(uint32_t codes) {
-    Wide wide = {top_bytes(codes, false), top_bytes(codes, true)};
-    for (uint32_t *half : {&wide.low, &wide.high}) // the exponents' biases differ by 120
-        *half = multiply_bf16_pairs((*half & 0x80008000u) | (*half & 0x7f007f00u) >> 4, 0x7b807b80u);
-    if (const uint32_t nan = nan_codes(codes)) {
-        wide.low |= quiet(nan, false, 0x7fc0u);
-        wide.high |= quiet(nan, true, 0x7fc0u);
-    }
-    return wide;
+    const auto rebased = [](uint32_t top, uint32_t nan) { // the exponents' biases differ by 120
+        const uint32_t small = (top & 0x80008000u) | (top >> 4 & 0x07f007f0u);
+        return multiply_bf16_pairs(small, 0x7b807b80u) | (nan & 0x7fc07fc0u);
+    };
+    const Wide wide = top_bytes(codes), nan = nan_halves(codes);
+    return {rebased(wide.low, nan.low), rebased(wide.high, nan.high)};
 }
 
 // A warp's operands for one step of the contraction.

@@ -22,59 +22,83 @@ namespace pyroute::cuda {
 
 constexpr int mma_threads = 256;
 
-// One side's part of the stage that begins at `depth`.
-template <class P>
-PYROUTE_DEVICE void copy_panel(const GemmSide &s, uint32_t first, int count, int64_t length, int64_t depth, char *to) {
-    constexpr int rows_at_once = mma_threads / P::chunks, per_chunk = 16 / P::item;
-    const int row = static_cast<int>(threadIdx.x) / P::chunks, chunk = static_cast<int>(threadIdx.x) % P::chunks;
-    const int left = static_cast<int>(min_of<int64_t>(length - depth, P::depth)); // of the contraction
-    const int64_t row_bytes = s.stride * P::item;
-    const char *from = static_cast<const char *>(s.data) + chunk * 16;
-    from += P::across ? (depth + row) * row_bytes + int64_t{first} * P::item
-                      : (int64_t{first} + row) * row_bytes + depth * P::item;
-    const bool chunk_exists = chunk * per_chunk < (P::across ? count : left);
-    const int rows = P::across ? left : count;
-    char *const place = to + P::place(row, chunk);
-    PYROUTE_UNROLL
-    for (int i = 0; i < divide_up(P::rows, rows_at_once); ++i) // the permutation repeats every 16 rows
-        if (P::rows % rows_at_once == 0 || row + i * rows_at_once < P::rows)
-            copy_async_16(place + i * rows_at_once * P::row_bytes, from + i * rows_at_once * row_bytes,
-                          chunk_exists && row + i * rows_at_once < rows);
-}
+// A thread's part of the copies of one side, stage by stage along the contraction.
+template <class P> class PanelCopies {
+  public:
+    PYROUTE_DEVICE PanelCopies(const GemmSide &s, uint32_t first, int count, int64_t length)
+        : left_(static_cast<int>(length)), count_(count) {
+        const int64_t row_bytes = s.stride * P::item;
+        from_ = static_cast<const char *>(s.data) + int64_t{first} * (P::across ? P::item : row_bytes) +
+                row() * row_bytes + chunk() * 16;
+        next_part_ = rows_at_once * row_bytes;
+        next_stage_ = P::across ? P::depth * row_bytes : P::depth * P::item;
+    }
+    PYROUTE_DEVICE void copy(char *panel) {
+        const bool exists = chunk() * per_chunk < (P::across ? count_ : left_);
+        const int rows = exists ? (P::across ? left_ : count_) - row() : 0;
+        char *const to = panel + P::place(row(), chunk()); // the permutation repeats every 16 rows
+        const char *from = from_;
+        PYROUTE_UNROLL
+        for (int i = 0; i < parts; ++i, from += next_part_)
+            if (P::rows % rows_at_once == 0 || row() < P::rows)
+                copy_async_16(to + i * rows_at_once * P::row_bytes, from, i * rows_at_once < rows);
+        from_ += next_stage_;
+        left_ -= P::depth;
+    }
 
-// One thread's part of the scales: of a row or of a column of the tile.
-template <class C> struct ScaleOfThread {
-    const float *scales;   // of its row or column; null: none
-    uint32_t block;        // elements of the contraction that have one scale
-    int64_t from_block_on; // to the next one
-    int place;             // in a stage, in bytes
-    bool exists;
+  private:
+    static constexpr int rows_at_once = mma_threads / P::chunks, per_chunk = 16 / P::item;
+    static constexpr int parts = (P::rows + rows_at_once - 1) / rows_at_once;
+    static_assert(rows_at_once % 16 == 0 && (parts == 1 || P::rows % rows_at_once == 0),
+                  "threads share a panel evenly");
+    static PYROUTE_DEVICE int row() { return static_cast<int>(threadIdx.x) / P::chunks; }
+    static PYROUTE_DEVICE int chunk() { return static_cast<int>(threadIdx.x) % P::chunks; }
 
-    PYROUTE_DEVICE explicit ScaleOfThread(const ProductTile &t, char *ring) {
+    const char *from_;
+    int64_t next_part_, next_stage_;
+    int left_, count_; // of the contraction; of the side's rows
+};
+
+// A thread's part of the scales: those of one row or one column of the tile.
+template <class C> class ScaleCopies {
+  public:
+    PYROUTE_DEVICE ScaleCopies(const ProductTile &t, char *ring) {
         const int i = static_cast<int>(threadIdx.x);
-        place = C::scales_at + i * 4;
-        if (i < C::rows)
+        const bool of_row = i < C::rows;
+        if (of_row)
             take<typename C::A>(t.x, t.x_row, i, t.rows);
         else
             take<typename C::B>(t.y, t.y_row, i - C::rows, t.cols);
-        if (i >= C::rows + C::cols)
-            scales = nullptr;
-        else if (!scales) // products without scales have ones, once for all
+        const bool wanted = of_row ? C::row_scales : C::col_scales && i < C::rows + C::cols;
+        if (wanted && !scales_) // FP8 without scales: ones, once for all
             for (int stage = 0; stage < C::stages; ++stage)
-                *reinterpret_cast<float *>(ring + stage * C::stage_bytes + place) = 1.0f;
+                *reinterpret_cast<float *>(ring + stage * C::stage_bytes + C::scales_at + i * 4) = 1.0f;
+        if (!wanted)
+            scales_ = nullptr;
     }
-    PYROUTE_DEVICE void copy(int64_t depth, char *stage) const {
-        if (scales)
-            copy_async_4(stage + place, scales + static_cast<uint32_t>(depth) / block * from_block_on, exists);
+    PYROUTE_DEVICE void copy(char *stage) {
+        if (!scales_)
+            return;
+        copy_async_4(stage + C::scales_at + static_cast<int>(threadIdx.x) * 4, scales_, exists_);
+        left_ -= C::depth;
+        if (left_ == 0) {
+            left_ = block_;
+            scales_ += next_;
+        }
     }
 
   private:
     template <class P> PYROUTE_DEVICE void take(const GemmSide &s, uint32_t first, int row, int count) {
-        exists = row < count;
-        scales = s.scales ? s.scales + s.of_row(first + static_cast<uint32_t>(row)) : nullptr;
-        block = P::across ? s.block_rows : s.block_cols;
-        from_block_on = P::across ? s.scale_stride : 1;
+        exists_ = row < count;
+        scales_ = s.scales ? s.scales + s.of_row(first + static_cast<uint32_t>(exists_ ? row : 0)) : nullptr;
+        block_ = left_ = P::across ? s.block_rows : s.block_cols;
+        next_ = P::across ? s.scale_stride : 1;
     }
+
+    const float *scales_;   // of the row or column at this block; null: nothing to copy
+    uint32_t block_, left_; // elements of the contraction that have one scale; to its end
+    int64_t next_;          // from one block's to the next one's
+    bool exists_;
 };
 
 template <class C> PYROUTE_DEVICE void zero(Sums<C> &sum) {
@@ -96,12 +120,12 @@ PYROUTE_DEVICE void promote(const char *stage, int warp_row, int warp_col, Sums<
     for (int i = 0; i < C::row_parts; ++i)
         PYROUTE_UNROLL
     for (int half = 0; half < 2; ++half)
-        of_row[i][half] = scales[warp_row + C::row_of(i, half)];
+        of_row[i][half] = C::row_scales ? scales[warp_row + C::row_of(i, half)] : 1.0f;
     PYROUTE_UNROLL
     for (int j = 0; j < C::col_parts; ++j)
         PYROUTE_UNROLL
     for (int k = 0; k < 2; ++k) {
-        const float of_col = scales[C::rows + warp_col + C::col_of(j, k)];
+        const float of_col = C::col_scales ? scales[C::rows + warp_col + C::col_of(j, k)] : 1.0f;
         PYROUTE_UNROLL
         for (int i = 0; i < C::row_parts; ++i)
             PYROUTE_UNROLL
@@ -109,7 +133,9 @@ PYROUTE_DEVICE void promote(const char *stage, int warp_row, int warp_col, Sums<
             float part = sum[i][j][2 * half + k];
             if (C::kind == Kind::fp8 && !native_fp8() && !converts_fp8())
                 part *= unscaled<C>();
-            total[i][j][2 * half + k] = fmaf(part, of_row[i][half] * of_col, total[i][j][2 * half + k]);
+            const float scale = C::row_scales ? of_row[i][half] * of_col : of_col;
+            float &of_total = total[i][j][2 * half + k];
+            of_total = C::col_scales ? fmaf(part, scale, of_total) : of_total + part;
         }
     }
     zero<C>(sum);
@@ -184,14 +210,15 @@ template <class C> PYROUTE_DEVICE void multiply_tile(const ProductTile &t, char 
     const int num_stages = static_cast<int>(divide_up<int64_t>(t.length, C::depth));
     const int warp = static_cast<int>(warp_id());
     const int warp_row = warp / C::warps_across * C::warp_rows, warp_col = warp % C::warps_across * C::warp_cols;
-    const ScaleOfThread<C> scale(t, ring);
+    PanelCopies<typename C::A> a(t.x, t.x_row, t.rows, t.length);
+    PanelCopies<typename C::B> b(t.y, t.y_row, t.cols, t.length);
+    ScaleCopies<C> scales(t, ring);
     const auto copy_stage = [&](int number, int slot) {
         if (number < num_stages) {
-            const int64_t depth = int64_t{number} * C::depth;
             char *const stage = ring + slot * C::stage_bytes;
-            copy_panel<typename C::A>(t.x, t.x_row, t.rows, t.length, depth, stage);
-            copy_panel<typename C::B>(t.y, t.y_row, t.cols, t.length, depth, stage + C::A::bytes);
-            scale.copy(depth, stage);
+            a.copy(stage);
+            b.copy(stage + C::A::bytes);
+            scales.copy(stage);
         }
         end_copies(); // one group per number, so that counting them counts stages
     };

@@ -114,6 +114,13 @@ template <bool a_e5m2> PYROUTE_DEVICE void mma_fp8(float (&d)[4], const uint32_t
 PYROUTE_DEVICE uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     return __byte_perm(low, high, selector);
 }
+// Byte i of the result is 0xff where the byte of `bytes` that nibble i of `selector` names (0 to 3) has its top bit,
+// else 0.
+PYROUTE_DEVICE uint32_t select_top_bits(uint32_t bytes, uint32_t selector) {
+    uint32_t mask; // a nibble's own top bit asks for copies of the byte's
+    asm("prmt.b32 %0, %1, %1, %2;" : "=r"(mask) : "r"(bytes), "r"(selector | 0x8888u));
+    return mask;
+}
 // Whether the card converts FP8 codes; below sm_89 f16_pair_of_e4m3 must not be reached.
 PYROUTE_DEVICE constexpr bool converts_fp8() {
 #if __CUDA_ARCH__ >= 890

@@ -44,6 +44,12 @@ inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
         result |= static_cast<uint32_t>(bytes >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
     return result;
 }
+inline uint32_t select_top_bits(uint32_t bytes, uint32_t selector) {
+    uint32_t mask = 0;
+    for (uint32_t i = 0; i < 4; ++i)
+        mask |= (bytes >> ((selector >> (4 * i) & 3) * 8 + 7) & 1) * (0xffu << (8 * i));
+    return mask;
+}
 inline uint32_t multiply_bf16_pairs(uint32_t a, uint32_t b) {
     const auto widen = [](uint32_t half) { return float_of(half << 16); };
     return bf16x2_of(widen(a & 0xffff) * widen(b & 0xffff), widen(a >> 16) * widen(b >> 16));
