@@ -364,9 +364,7 @@ def test_cost_at_the_rates_of_the_run(benches, tmp_path, capsys):
     assert "device hours" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "argv", [["--cost"], ["--cost", "--model", "llama4"], ["--cost", "--model", "mixtral", "--scaling"]]
-)
+@pytest.mark.parametrize("more", ["", "--model llama4", "--model mixtral --scaling"])
 def test_cost_of_nothing_is_one_sentence(benches, more, capsys):
     assert main(["bench", "--cost", *more.split()]) == 2
     printed = capsys.readouterr()
