@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+
+import emulated
 import ml_dtypes
 import numpy as np
 import pytest
 from emulated import launched, memory, to_device, to_host
 
 import pyroute
-from pyroute import RoutePlan, permute, permute_quantize, plan_routes, quantize_fp8, unpermute
+from pyroute import RoutePlan, _backend, permute, permute_quantize, plan_routes, quantize_fp8, unpermute
+from pyroute._device import arrays
+from pyroute._device.arrays import DeviceArray
+from pyroute._device.route_plan import maps as maps_of
 from pyroute.quantization import unchecked_fp8
 
 SEEDS = pytest.mark.parametrize("seed", range(4), indirect=True)
@@ -264,6 +271,55 @@ def test_gradients_of_many_slots(seed, rng):
         )
         same_bytes(to_host(ours[0]), routes.rows_of(expected[0]))
         same_bytes(to_host(ours[1]), expected[1])
+
+
+# --- large arrays ---------------------------------------------------------------------------------------------------
+
+
+def untouched(shape, dtype):
+    """Memory of which only the pages that are used exist."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    if emulated.REAL:
+        address, owner = memory.allocate(num_bytes)
+    else:
+        owner = mmap.mmap(-1, num_bytes)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(owner))
+    return DeviceArray(address, shape, np.dtype(dtype), memory, owner)
+
+
+def test_offsets_pass_2_to_the_31(rng):
+    """The last rows of 2 GiB of each type, whose other rows are a token's too, so that nothing fills them."""
+    num_rows, hidden = 2**16 + 4, 2**15
+    ids = np.zeros((2, 2), np.int32)
+    small = plan_routes(ids, 1)
+    slots = small.token_to_row + num_rows - 4
+    maps = (np.array([num_rows], np.int32), np.array([0, num_rows]), np.zeros(num_rows, np.int32), slots)
+    plan = RoutePlan(*map(to_device, maps))
+    weights = rng.normal(size=(2, 2)).astype(np.float32)
+
+    def last_rows(rows):
+        return to_host(rows[num_rows - 4 : num_rows])
+
+    x = numbers(rng, (2, hidden), TYPES[1])
+    expected = permute(x, small)
+    rows = permute(to_device(x), plan, out=untouched((num_rows, hidden), TYPES[1]))
+    same_bytes(last_rows(rows), expected)
+    same_bytes(to_host(unpermute(rows, plan, to_device(weights))), unpermute(expected, small, weights))
+    grads = pyroute.unpermute_backward(x, expected, small, weights)
+
+    place, bfloat16 = arrays.place(rows), 1
+    given = [to_device(x), rows, to_device(weights)]
+    made = [untouched((num_rows, hidden), TYPES[1]), poisoned((2, 2), np.float32)]
+    _backend.cuda.unpermute_backward(*place, maps_of(plan), hidden, bfloat16, *map(arrays.pointer, (*given, *made)))
+    same_bytes(last_rows(made[0]), grads[0])
+    same_bytes(to_host(made[1]), grads[1])
+
+    codes, scales = untouched((num_rows, hidden), np.uint8), untouched((num_rows, hidden // 128), np.float32)
+    x, codes_at, scales_at = map(arrays.pointer, (given[0], codes, scales))
+    _backend.cuda.permute_quantize(*place, maps_of(plan), hidden, bfloat16, x, False, codes_at, scales_at)
+    q = permute_quantize(to_host(given[0]), small)
+    same_bytes(last_rows(codes), q.codes.view(np.uint8))
+    same_bytes(last_rows(scales), q.scales)
 
 
 # --- hostile input --------------------------------------------------------------------------------------------------
