@@ -12,6 +12,7 @@ import numpy as np
 from . import _backend, _check
 from ._array import moe as _array
 from ._array.moe import GELU_GATE, RELU2, SWISH_GATE, ActivationProgram, ExpertRows
+from ._device import activation as _device
 
 Array = Any
 Activation = Literal["swiglu", "swiglu_clamp", "swiglu_oai", "geglu", "relu2"]
@@ -54,6 +55,8 @@ def activate(
             hidden = _backend.empty((gate_up.shape[0], gate_up.shape[1] // (1 + program.gated)), gate_up.dtype)
             _backend.core.moe_activate(gate_up, bias, *experts, row_weights, program, hidden)
             return hidden
+        case "cuda":
+            return _device.activate(gate_up, bias, experts, row_weights, program)
         case _:
             with np.errstate(all="ignore"):
                 xp = _backend.array_module(gate_up)
@@ -83,6 +86,8 @@ def activate_backward(
                 gate_up, bias, *experts, row_weights, program, grad_hidden, hidden, grad_gate_up, dots
             )
             return hidden, grad_gate_up, dots
+        case "cuda":
+            return _device.activate_backward(gate_up, bias, experts, row_weights, program, grad_hidden)
         case _:
             with np.errstate(all="ignore"):
                 xp = _backend.array_module(gate_up)
@@ -94,6 +99,8 @@ def add_bias(rows: Array, bias: Array, experts: ExpertRows, row_weights: Array |
     match backend:
         case "cpu":
             _backend.core.moe_add_bias(rows, bias, *experts, row_weights)
+        case "cuda":
+            _device.add_bias(rows, bias, experts, row_weights)
         case _:
             with np.errstate(all="ignore"):
                 rows[...] = _array.add_bias(_backend.array_module(rows), rows, bias, experts, row_weights)
@@ -105,6 +112,8 @@ def add_bias_dots(rows: Array, bias: Array, experts: ExpertRows, dots: Array, ba
         case "cpu":
             _backend.core.moe_add_bias_dots(rows, bias, *experts, dots)
             return dots
+        case "cuda":
+            return _device.add_bias_dots(rows, bias, experts, dots)
         case _:
             with np.errstate(all="ignore"):
                 return _array.add_bias_dots(_backend.array_module(rows), rows, bias, experts, dots)
@@ -119,6 +128,10 @@ def bias_grad(rows: Array, experts: ExpertRows, row_weights: Array | None, backe
         case "cpu":
             grad = _backend.empty((experts.expert_offsets.shape[0] - 1, rows.shape[1]), np.float32)
             _backend.core.moe_bias_grad(rows, *experts, row_weights, grad)
+            return grad
+        case "cuda":
+            grad = _backend.empty_beside(rows, (experts.expert_offsets.shape[0] - 1, rows.shape[1]), np.float32)
+            _device.bias_grad(rows, experts, row_weights, grad, False)
             return grad
         case _:
             with np.errstate(all="ignore"):

@@ -80,7 +80,8 @@ def check_layer(
     slots: tuple[_check.Axis, ...] = (("num_tokens", num_tokens), ("top_k", None))
     topk_idx = _backend.as_array(function, "topk_idx", topk_idx, _check.INTEGERS, slots)
     slots = (("num_tokens", num_tokens), ("top_k", topk_idx.shape[1]))
-    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, WEIGHT_TYPES, slots)
+    kinds = ("float32",) if _check.is_device_array(topk_weights) else WEIGHT_TYPES  # which does no arithmetic
+    topk_weights = _backend.as_array(function, "topk_weights", topk_weights, kinds, slots)
     w_down = _weight(
         function, "w_down", weights[1], (("num_experts", None), ("hidden", hidden), ("intermediate", None))
     )
@@ -101,8 +102,9 @@ def check_layer(
     arrays = [x, topk_idx, topk_weights, b_gate_up, b_down]
     arrays += [w.codes if isinstance(w, Fp8Array) else w for w in (w_gate_up, w_down)]
     chosen = _backend.choose(function, backend, *arrays)
-    with np.errstate(over="ignore"):  # float64 weights past float32 are infinite, as in every other rounding
-        topk_weights = topk_weights.astype("float32", copy=False)
+    if topk_weights.dtype != _check.DTYPES["float32"]:
+        with np.errstate(over="ignore"):  # float64 weights past float32 are infinite, as in every other rounding
+            topk_weights = topk_weights.astype("float32")
     return Layer(
         x, topk_idx, topk_weights, w_gate_up, w_down, b_gate_up, b_down,
         program, weight_on, scale_format, quantize_gradients, chosen,

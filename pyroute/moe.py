@@ -7,6 +7,7 @@ from typing import Any
 
 from . import _backend, _check, _moe_parts
 from ._activation import Activation, activation_program
+from ._device import moe as _device
 from ._moe_arguments import Layer, MoeGradients, WeightOn, check_layer, check_output, gradient_arrays
 from .quantization import Fp8Array, ScaleFormat
 from .route_plan import RoutePlan, plan_routes
@@ -156,6 +157,8 @@ def moe_forward(
     match layer.backend:
         case "cpu":
             _backend.core.moe_forward(_native_layer(layer), *_native_plan(plan), gate_up, y)
+        case "cuda":
+            _device.forward(layer, plan, gate_up, y)
         case _:
             _moe_parts.forward(layer, plan, gate_up, y, PART_BYTES)
     return y if gate_up is None else (y, MoeSaved(layer, plan, gate_up))
@@ -218,6 +221,8 @@ def moe_backward(
             _backend.core.moe_backward(
                 _native_layer(layer), *_native_plan(plan), saved.gate_up, grad_y, tuple(grads), accumulate
             )
+        case "cuda":
+            _device.backward(layer, plan, saved.gate_up, grad_y, grads, accumulate)
         case _:
             _moe_parts.backward(layer, plan, saved.gate_up, grad_y, grads, accumulate, PART_BYTES)
     return grads
