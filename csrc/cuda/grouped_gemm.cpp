@@ -4,43 +4,13 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cuda/grouped_gemm_arguments.h"
+#include "cuda/grouped_gemm_plan.h"
 #include "cuda/sm90/grouped_gemm.h"
 
 namespace pyroute::cuda {
 namespace {
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// A workspace from its start: without an address it is only measured.
-class Cutter {
-  public:
-    explicit Cutter(void *start) : start_(static_cast<char *>(start)) {}
-    template <class T> T *take(int64_t count) {
-        char *const at = start_ ? start_ + size_ : nullptr;
-        size_ += static_cast<size_t>(divide_up(count * static_cast<int64_t>(sizeof(T)), 256) * 256);
-        return reinterpret_cast<T *>(at);
-    }
-    size_t size() const { return size_; }
-
-  private:
-    char *start_;
-    size_t size_ = 0;
-};
-
-// tile_rows 0: no tiles.
-GemmPlan cut_plan(Cutter &workspace, int64_t num_rows, int64_t num_experts, int64_t tile_rows) {
-    GemmPlan plan = {};
-    plan.offsets = workspace.take<int64_t>(num_experts + 1);
-    plan.tile_starts = workspace.take<int64_t>(num_experts + 1);
-    for (int64_t *&starts : plan.block_starts)
-        starts = workspace.take<int64_t>(num_experts + 1);
-    if (tile_rows > 0) {
-        plan.num_tiles = workspace.take<int64_t>(1);
-        plan.tiles = workspace.take<GemmTile>(most_tiles(num_rows, num_experts, tile_rows));
-    }
-    return plan;
-}
 
 void limit(bool ok, const char *what) {
     if (!ok)
@@ -55,24 +25,6 @@ uint32_t num_blocks(int64_t count) {
 void check_sizes(int64_t num_rows, int64_t n, int64_t k) {
     constexpr int64_t most = (int64_t{1} << 31) - 1;
     limit(num_rows <= most && n <= most && k <= most, "rows, N and K must be below 2**31 on a GPU");
-}
-
-// The plan is made on the device; `restarting` says which of the operands of rows need their scale rows.
-GemmPlan make_plan(const Stream &stream, Cutter &workspace, const int64_t *expert_offsets, int64_t num_rows,
-                   int64_t num_experts, int64_t tile_rows, const GemmOperand *const (&restarting)[2]) {
-    GemmPlanArgs args = {};
-    args.expert_offsets = expert_offsets;
-    args.num_rows = num_rows;
-    args.num_experts = num_experts;
-    args.tile_rows = tile_rows > 0 ? tile_rows : 1;
-    args.plan = cut_plan(workspace, num_rows, num_experts, tile_rows);
-    for (int i = 0; i < 2; ++i) {
-        args.block_rows[i] = restarting[i] ? restarting[i]->block_rows : 1;
-        if (!restarting[i])
-            args.plan.block_starts[i] = nullptr;
-    }
-    launch(stream, "grouped_gemm", "grouped_gemm_plan", {1, 256}, args);
-    return args.plan;
 }
 
 // A kernel and what its blocks compute.

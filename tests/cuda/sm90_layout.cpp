@@ -2,7 +2,6 @@
 // wrong.
 #include <cstdio>
 #include <cstdlib>
-#include <random>
 #include <set>
 #include <string>
 #include <utility>
@@ -97,25 +96,12 @@ void order_of_tiles() {
                 for (int32_t i = 0; i < num_m * num_n; ++i) {
                     const TilePlace place = place_of(i, num_m, num_n, group);
                     check(place.m >= 0 && place.m < num_m && place.n >= 0 && place.n < num_n, "a tile outside");
-                    check(place.m / group == i / (group * num_n), "rows of tiles in groups");
+                    const auto same = pyroute::cuda::place_of(i, num_m, num_n, group);
+                    check(place.m == same.m && place.n == same.n, "the portable kernels' order");
                     seen.insert({place.m, place.n});
                 }
                 check(seen.size() == static_cast<size_t>(num_m * num_n), "every tile once");
             }
-}
-
-void table_sizes() {
-    std::mt19937 random(1);
-    for (int trial = 0; trial < 2000; ++trial) {
-        const int64_t tile = trial % 2 ? 64 : 128, experts = random() % 9;
-        int64_t rows = 0, tiles = 0;
-        for (int64_t e = 0; e <= experts; ++e) { // and the tail
-            const int64_t length = random() % 3 ? random() % 3 * tile + random() % 3 : 0;
-            rows += length;
-            tiles += blocks_of(length, tile);
-        }
-        check(tiles <= most_tiles(rows, experts, tile), "more tiles than the table holds");
-    }
 }
 
 void shapes() {
@@ -144,7 +130,6 @@ int main() {
         staging(cols);
     }
     order_of_tiles();
-    table_sizes();
     shapes();
     return 0;
 }

@@ -89,7 +89,6 @@ def forward(rng, kind, offsets, n, k, rows=None, out="bfloat16", transposed=Fals
     emulated.launched()
     got = op(a.device, b.device, to_device(np.asarray(offsets, np.int64)), out_dtype=out)
     kernels = emulated.launched()
-    assert kernels[0] == "make_tiles", kernels
     assert kernels[-1].startswith("fp8" if kind == "fp8" else "bf16"), kernels
     same_bytes(to_host(got), expected(a.exact, b.exact, offsets, rows, OUTS[out], transposed))
     return kernels[-1]
@@ -311,14 +310,14 @@ def test_what_is_not_served_goes_to_the_portable_kernels():
     for a, b in cases:
         emulated.launched()
         got = pyroute.grouped_gemm(to_device(a), to_device(b), offsets, out_dtype="float32")
-        assert "make_tiles" not in emulated.launched()
+        assert not any(name.endswith("_product") for name in emulated.launched())
         want = expected(a.astype(np.float64), b.astype(np.float64), [0, 3, 9], 9, np.float32)
         same_bytes(to_host(got), want)
     moved = to_device(cases[0][0], offset=1)  # a view: 2 bytes off
     weights = to_device(small_integers(rng, (2, 16, 24), BF16))
     emulated.launched()
     pyroute.grouped_gemm(moved, weights, offsets)
-    assert "make_tiles" not in emulated.launched()
+    assert not any(name.endswith("_product") for name in emulated.launched())
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])

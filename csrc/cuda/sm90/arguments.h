@@ -3,37 +3,19 @@
 
 #include <stdint.h>
 
+#include "cuda/grouped_gemm_tiles.h"
 #include "cuda/sm90/layout.h"
 #include "cuda/tensor_map.h"
 
 namespace pyroute::cuda::sm90 {
 
-// Rows of one expert that one block multiplies at a time.
-struct alignas(16) Tile {
-    int32_t expert;     // -1: rows of no expert, which become zeros
-    int32_t row;        // the first
-    int32_t valid_rows; // those that are this tile's
-    int32_t unused;
-};
-
-// In a workspace: made on the device from the offsets, so that no size ever waits for the host.
-struct TileTableArgs {
-    const int64_t *expert_offsets; // [num_experts + 1]
-    int64_t num_rows, num_experts;
-    int32_t tile_rows, capacity; // tiles that there is room for
-    bool with_tail;              // tiles for the rows behind the last segment too
-    int32_t *num_tiles;
-    Tile *tiles;
-    int32_t *starts; // [num_experts + 1] first tile of each segment, or null
-};
-
 // out[rows of e] = a[rows of e] b[e]^T; forward and dgrad.
 struct ProductArgs {
-    TensorMap a;   // [rows, depth]
-    TensorMap b;   // [experts * cols, depth], or [experts * depth, cols]
-    TensorMap out; // bfloat16 [rows, cols]
-    const int32_t *num_tiles;
-    const Tile *tiles;
+    TensorMap a;              // [rows, depth]
+    TensorMap b;              // [experts * cols, depth], or [experts * depth, cols]
+    TensorMap out;            // bfloat16 [rows, cols]
+    const int64_t *num_tiles; // of the plan, like tiles
+    const GemmTile *tiles;
     const float *a_scales; // [rows, blocks of depth]
     const float *b_scales; // one for 128 x 128 elements, at expert * .. + block of columns * .. + block of depth * ..
     uint32_t b_scale_expert, b_scale_col, b_scale_depth;
@@ -48,21 +30,21 @@ struct ProductArgs {
 struct WgradArgs {
     TensorMap grad_out, a;               // FP8: [cols, padded rows], transposed; bfloat16: [rows, cols]
     TensorMap grad_out_scales, a_scales; // FP8: [blocks of 128 rows, cols]
-    const int32_t *starts;               // FP8: [experts + 1] first block of each segment
-    const int64_t *expert_offsets;       // [experts + 1]
+    const int64_t *tile_starts;          // of the plan, tiles of 128 rows: FP8
+    const int64_t *offsets;              // of the plan
     float *out;                          // [experts, n, k]
     bool accumulate;
-    int32_t rows, experts, n, k;
+    int32_t experts, n, k;
     int32_t raster_group;
     uint32_t *hang_report;
 };
 
 // Bytes of [rows of a segment, cols] to [cols, padded rows], every segment padded with zeros to a multiple of 128 rows.
 struct TransposeArgs {
-    const uint8_t *from; // [rows, cols]
-    uint8_t *to;         // [cols, to_pitch]
-    const int32_t *num_tiles;
-    const Tile *tiles; // 128 rows each
+    const uint8_t *from;      // [rows, cols]
+    uint8_t *to;              // [cols, to_pitch]
+    const int64_t *num_tiles; // of the plan, like tiles: 128 rows each; or null
+    const GemmTile *tiles;
     int64_t rows, cols, to_pitch;
 };
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "cuda/grouped_gemm_plan.h"
 #include "cuda/sm90/arguments.h"
 
 namespace pyroute::cuda::sm90 {
@@ -36,42 +37,6 @@ bool multiples(int64_t of, std::initializer_list<int64_t> extents) {
 }
 bool small(std::initializer_list<int64_t> extents) {
     return std::all_of(extents.begin(), extents.end(), [](int64_t extent) { return extent <= most; });
-}
-
-// A workspace from its start: without an address it is only measured.
-class Cutter {
-  public:
-    explicit Cutter(void *start) : start_(static_cast<char *>(start)) {}
-    template <class T> T *take(int64_t count) {
-        char *const at = start_ ? start_ + size_ : nullptr;
-        size_ += static_cast<size_t>(blocks_of(count * static_cast<int64_t>(sizeof(T)), 256) * 256);
-        return reinterpret_cast<T *>(at);
-    }
-    size_t size() const { return size_; }
-
-  private:
-    char *start_;
-    size_t size_ = 0;
-};
-
-struct Table {
-    int64_t capacity;
-    int32_t *num_tiles;
-    Tile *tiles;
-    int32_t *starts; // null without
-};
-
-Table cut_table(Cutter &cutter, int64_t rows, int64_t experts, int64_t tile_rows, bool with_starts) {
-    const int64_t capacity = most_tiles(rows, experts, tile_rows);
-    return {capacity, cutter.take<int32_t>(1), cutter.take<Tile>(capacity),
-            with_starts ? cutter.take<int32_t>(experts + 1) : nullptr};
-}
-
-void fill_table(const Stream &stream, const Table &table, const int64_t *offsets, int64_t rows, int64_t experts,
-                int64_t tile_rows, bool with_tail) {
-    launch(stream, room, "make_tiles", {1, 256},
-           TileTableArgs{offsets, rows, experts, static_cast<int32_t>(tile_rows), static_cast<int32_t>(table.capacity),
-                         with_tail, table.num_tiles, table.tiles, table.starts});
 }
 
 struct ProductKernel {
@@ -115,8 +80,39 @@ TensorMap operand_map(const Stream &stream, ElementType type, const void *data, 
                                Swizzle::bytes128});
 }
 
-// Where dgrad's copy of b lies: [experts, K, N padded to 128].
 int64_t padded(int64_t extent) { return blocks_of(extent, 128) * 128; }
+
+// dgrad's weights along their contraction: [experts, K, padded N]. A read and a write of b for every call; the weights
+// change once a step, so a caller that kept such a copy would save them.
+const uint8_t *transposed_weights(const Stream &stream, Cutter &cutter, const GroupedGemmArgs &args) {
+    auto *const copy = cutter.take<uint8_t>(args.num_experts * args.k * padded(args.n));
+    const int64_t blocks = args.num_experts * blocks_of(args.n, 128);
+    launch(stream, room, "transpose_bytes",
+           {static_cast<uint32_t>(blocks_of(args.k, 128)), 256, 0, 1, static_cast<uint32_t>(blocks)},
+           TransposeArgs{static_cast<const uint8_t *>(args.b.data), copy, nullptr, nullptr, args.n, args.k,
+                         padded(args.n)});
+    return copy;
+}
+
+int64_t padded_rows(const GroupedGemmWgradArgs &args) { return most_tiles(args.num_rows, args.num_experts, 128) * 128; }
+
+// wgrad's operand along its contraction: [cols, rows], every segment from a multiple of 128 on.
+TensorMap transposed_rows(const Stream &stream, Cutter &cutter, const GemmPlan &plan, const GroupedGemmWgradArgs &args,
+                          const GemmOperand &operand, int64_t cols) {
+    const int64_t rows = padded_rows(args);
+    auto *const copy = cutter.take<uint8_t>(cols * rows);
+    launch(stream, room, "transpose_bytes",
+           {static_cast<uint32_t>(blocks_of(cols, 128)), 256, 0, 1, static_cast<uint32_t>(rows / 128)},
+           TransposeArgs{static_cast<const uint8_t *>(operand.data), copy, plan.num_tiles, plan.tiles, args.num_rows,
+                         cols, rows});
+    return operand_map(stream, operand.type, copy, cols, rows, 128);
+}
+
+TensorMap scale_map(const Stream &stream, const GemmOperand &operand, int64_t cols) {
+    return tensor_map(stream, {MapType::float32, operand.scales, static_cast<uint64_t>(cols),
+                               static_cast<uint64_t>(operand.scale_rows), static_cast<uint64_t>(cols * 4), 128, 1,
+                               Swizzle::none});
+}
 
 } // namespace
 
@@ -139,7 +135,7 @@ bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed
 
 size_t workspace(const GroupedGemmArgs &args, bool transposed) {
     Cutter cutter(nullptr);
-    cut_table(cutter, args.num_rows, args.num_experts, kernel_of(args, transposed).shape.rows, false);
+    cut_plan(cutter, args.num_rows, args.num_experts, kernel_of(args, transposed).shape.rows);
     if (transposed && args.a.type == ElementType::e4m3)
         cutter.take<uint8_t>(args.num_experts * args.k * padded(args.n));
     return cutter.size();
@@ -152,30 +148,22 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     const ProductShape &shape = kernel.shape;
     const int64_t depth = transposed ? args.n : args.k, cols = transposed ? args.k : args.n;
     Cutter cutter(workspace);
-    const Table table = cut_table(cutter, args.num_rows, args.num_experts, shape.rows, false);
-    fill_table(stream, table, args.expert_offsets, args.num_rows, args.num_experts, shape.rows, true);
-
+    const GemmPlan plan =
+        make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, shape.rows, {nullptr, nullptr});
     ProductArgs product = {};
     product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, depth, shape.rows / shape.cluster);
-    product.b_rows = static_cast<int32_t>(shape.transposed_b ? depth : cols);
-    if (transposed && shape.element == Element::e4m3) { // a copy that runs along the contraction
-        auto *const copy = cutter.take<uint8_t>(args.num_experts * cols * padded(depth));
-        const int64_t blocks = args.num_experts * blocks_of(depth, 128);
-        launch(stream, room, "transpose_bytes",
-               {static_cast<uint32_t>(blocks_of(cols, 128)), 256, 0, 1, static_cast<uint32_t>(blocks)},
-               TransposeArgs{static_cast<const uint8_t *>(args.b.data), copy, nullptr, nullptr, depth, cols,
-                             padded(depth)});
-        product.b = operand_map(stream, args.b.type, copy, args.num_experts * cols, padded(depth), shape.cols);
-    } else {
+    if (transposed && shape.element == Element::e4m3)
+        product.b = operand_map(stream, args.b.type, transposed_weights(stream, cutter, args), args.num_experts * cols,
+                                padded(depth), shape.cols);
+    else
         product.b = operand_map(stream, args.b.type, args.b.data, args.num_experts * args.n, args.k,
                                 shape.transposed_b ? 64 : shape.cols);
-    }
     if (shape.result == Result::bfloat16)
         product.out = tensor_map(stream, {MapType::bfloat16, args.out, static_cast<uint64_t>(cols),
                                           static_cast<uint64_t>(args.num_rows), static_cast<uint64_t>(cols * 2), 64, 64,
                                           Swizzle::bytes128});
-    product.num_tiles = table.num_tiles;
-    product.tiles = table.tiles;
+    product.num_tiles = plan.num_tiles;
+    product.tiles = plan.tiles;
     product.a_scales = args.a.scales;
     product.b_scales = args.b.scales;
     const auto scale_cols = static_cast<uint32_t>(blocks_of(args.k, 128));
@@ -186,9 +174,11 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     product.rows = static_cast<int32_t>(args.num_rows);
     product.cols = static_cast<int32_t>(cols);
     product.depth = static_cast<int32_t>(depth);
+    product.b_rows = static_cast<int32_t>(shape.transposed_b ? depth : cols);
     product.raster_group = raster_group;
     product.hang_report = hang_report.load();
-    const int64_t tiles = table.capacity * blocks_of(cols, shape.cols * shape.cluster);
+    const int64_t tiles =
+        most_tiles(args.num_rows, args.num_experts, shape.rows) * blocks_of(cols, shape.cols * shape.cluster);
     const int64_t clusters = std::min(tiles, int64_t{device_info(stream.device).num_sms} / shape.cluster);
     launch(stream, room, kernel.name,
            {static_cast<uint32_t>(clusters) * shape.cluster, shape.threads(), shape.shared().total(), shape.cluster},
@@ -210,53 +200,40 @@ bool serves_wgrad(const DeviceInfo &card, const GroupedGemmWgradArgs &args, bool
 }
 
 size_t wgrad_workspace(const GroupedGemmWgradArgs &args) {
+    const bool fp8 = args.a.type == ElementType::e4m3;
     Cutter cutter(nullptr);
-    if (args.a.type == ElementType::e4m3) {
-        const Table table = cut_table(cutter, args.num_rows, args.num_experts, 128, true);
-        cutter.take<uint8_t>(args.n * table.capacity * 128);
-        cutter.take<uint8_t>(args.k * table.capacity * 128);
-    }
+    cut_plan(cutter, args.num_rows, args.num_experts, fp8 ? 128 : 0);
+    if (fp8)
+        for (int64_t cols : {args.n, args.k})
+            cutter.take<uint8_t>(cols * padded_rows(args));
     return cutter.size();
 }
 
 void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, void *workspace) {
-    const bool fp8 = args.a.type == ElementType::e4m3;
-    const WgradShape &shape = fp8 ? fp8_wgrad : bf16_wgrad;
-    WgradArgs product = {};
-    if (fp8 && args.num_rows > 0) {
-        Cutter cutter(workspace);
-        const Table table = cut_table(cutter, args.num_rows, args.num_experts, 128, true);
-        fill_table(stream, table, args.expert_offsets, args.num_rows, args.num_experts, 128, false);
-        const auto transposed = [&](const GemmOperand &operand, int64_t cols) {
-            auto *const copy = cutter.take<uint8_t>(cols * table.capacity * 128);
-            launch(stream, room, "transpose_bytes",
-                   {static_cast<uint32_t>(blocks_of(cols, 128)), 256, 0, 1, static_cast<uint32_t>(table.capacity)},
-                   TransposeArgs{static_cast<const uint8_t *>(operand.data), copy, table.num_tiles, table.tiles,
-                                 args.num_rows, cols, table.capacity * 128});
-            return operand_map(stream, operand.type, copy, cols, table.capacity * 128, 128);
-        };
-        const auto scales = [&](const GemmOperand &operand, int64_t cols) {
-            return tensor_map(stream, {MapType::float32, operand.scales, static_cast<uint64_t>(cols),
-                                       static_cast<uint64_t>(operand.scale_rows), static_cast<uint64_t>(cols * 4), 128,
-                                       1, Swizzle::none});
-        };
-        product.grad_out = transposed(args.grad_out, args.n);
-        product.a = transposed(args.a, args.k);
-        product.grad_out_scales = scales(args.grad_out, args.n);
-        product.a_scales = scales(args.a, args.k);
-        product.starts = table.starts;
-    } else if (args.num_rows > 0) {
-        product.grad_out = operand_map(stream, args.grad_out.type, args.grad_out.data, args.num_rows, args.n, 64);
-        product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, args.k, 64);
-    } else {
+    if (args.num_rows == 0) {
         if (!args.accumulate)
             fill(stream, args.out, 0, static_cast<size_t>(args.num_experts * args.n * args.k) * sizeof(float));
         return;
     }
-    product.expert_offsets = args.expert_offsets;
+    const bool fp8 = args.a.type == ElementType::e4m3;
+    const WgradShape &shape = fp8 ? fp8_wgrad : bf16_wgrad;
+    Cutter cutter(workspace);
+    const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, fp8 ? 128 : 0,
+                                    {nullptr, nullptr});
+    WgradArgs product = {};
+    if (fp8) {
+        product.grad_out = transposed_rows(stream, cutter, plan, args, args.grad_out, args.n);
+        product.a = transposed_rows(stream, cutter, plan, args, args.a, args.k);
+        product.grad_out_scales = scale_map(stream, args.grad_out, args.n);
+        product.a_scales = scale_map(stream, args.a, args.k);
+    } else {
+        product.grad_out = operand_map(stream, args.grad_out.type, args.grad_out.data, args.num_rows, args.n, 64);
+        product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, args.k, 64);
+    }
+    product.tile_starts = plan.tile_starts;
+    product.offsets = plan.offsets;
     product.out = args.out;
     product.accumulate = args.accumulate;
-    product.rows = static_cast<int32_t>(args.num_rows);
     product.experts = static_cast<int32_t>(args.num_experts);
     product.n = static_cast<int32_t>(args.n);
     product.k = static_cast<int32_t>(args.k);

@@ -1,11 +1,10 @@
 // The entry points of Hopper's grouped GEMM.
 #include "cuda/sm90/product.cuh"
-#include "cuda/sm90/tiles.cuh"
+#include "cuda/sm90/transpose.cuh"
 #include "cuda/sm90/wgrad.cuh"
 
 using namespace pyroute::cuda::sm90;
 
-PYROUTE_KERNEL(make_tiles, table_threads, 1, TileTableArgs) { pyroute::cuda::sm90::make_tiles(args); }
 PYROUTE_KERNEL(transpose_bytes, transpose_threads, 4, TransposeArgs) { pyroute::cuda::sm90::transpose_bytes(args); }
 
 #define PYROUTE_PRODUCT(shape)                                                                                         \

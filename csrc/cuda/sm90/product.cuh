@@ -29,7 +29,8 @@ template <uint32_t Cols> struct BlockScales {
     bool starts_inside;
     float low_now, high_now, low_next, high_next, b_now[b_blocks], b_next[b_blocks];
 
-    PYROUTE_DEVICE BlockScales(const ProductArgs &product, const Tile &tile, int32_t col, int32_t row) : args(product) {
+    PYROUTE_DEVICE BlockScales(const ProductArgs &product, const RowTile &tile, int32_t col, int32_t row)
+        : args(product) {
         const int32_t blocks = divide_up(args.depth, scale_block), last_col = (args.cols - 1) / scale_block;
         last = static_cast<uint32_t>(blocks - 1);
         low_at = static_cast<uint32_t>(min_of(tile.row + row, args.rows - 1)) * static_cast<uint32_t>(blocks);
@@ -89,7 +90,7 @@ template <uint32_t Cols> struct BlockScales {
 
 // Nothing to hold for operands without scales.
 struct NoScales {
-    PYROUTE_DEVICE NoScales(const ProductArgs &, const Tile &, int32_t, int32_t) {}
+    PYROUTE_DEVICE NoScales(const ProductArgs &, const RowTile &, int32_t, int32_t) {}
 };
 
 template <bool Condition, class A, class B> struct Choice {
@@ -101,8 +102,8 @@ template <class A, class B> struct Choice<false, A, B> {
 
 template <const ProductShape &S> PYROUTE_DEVICE Schedule schedule_of(const ProductArgs &args) {
     const int32_t cols = divide_up(args.cols, static_cast<int32_t>(S.cols * S.cluster));
-    return Schedule(args.tiles, *args.num_tiles, cols, args.raster_group, static_cast<int32_t>(blockIdx.x / S.cluster),
-                    static_cast<int32_t>(gridDim.x / S.cluster));
+    return Schedule(args.tiles, static_cast<int32_t>(*args.num_tiles), cols, args.raster_group,
+                    static_cast<int32_t>(blockIdx.x / S.cluster), static_cast<int32_t>(gridDim.x / S.cluster));
 }
 
 template <const ProductShape &S> PYROUTE_DEVICE int32_t first_col(const TilePlace &place) {
@@ -111,7 +112,7 @@ template <const ProductShape &S> PYROUTE_DEVICE int32_t first_col(const TilePlac
     return n * static_cast<int32_t>(S.cols);
 }
 
-template <const ProductShape &S> PYROUTE_DEVICE int32_t steps_of(const ProductArgs &args, const Tile &tile) {
+template <const ProductShape &S> PYROUTE_DEVICE int32_t steps_of(const ProductArgs &args, const RowTile &tile) {
     return tile.expert < 0 ? 0 : divide_up(args.depth, S.stage_depth());
 }
 
@@ -124,7 +125,7 @@ template <const ProductShape &S> PYROUTE_DEVICE void load_operands(const Product
     Schedule schedule = schedule_of<S>(args);
     while (schedule.take()) {
         ring.at(schedule.place);
-        const Tile &tile = schedule.tile;
+        const RowTile &tile = schedule.tile;
         const int32_t col = first_col<S>(schedule.place), steps = steps_of<S>(args, tile);
         for (int32_t i = 0; i < steps; ++i) {
             const SharedAddress full = shared + plan.full(0) + ring.stage * 8;
@@ -197,9 +198,9 @@ PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared
     Schedule schedule = schedule_of<S>(args);
     while (schedule.take()) {
         ring.at(schedule.place);
-        const Tile &tile = schedule.tile;
+        const RowTile &tile = schedule.tile;
         const int32_t col = first_col<S>(schedule.place), steps = steps_of<S>(args, tile);
-        const int32_t valid = tile.valid_rows - static_cast<int32_t>(group * panel_rows);
+        const int32_t valid = tile.rows - static_cast<int32_t>(group * panel_rows);
         if (valid <= 0) { // the other warpgroup's rows are all there are
             for (int32_t i = 0; i < steps; ++i) {
                 ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);

@@ -81,17 +81,22 @@ PYROUTE_DEVICE void init_ring(SharedAddress shared, uint32_t stages, const Share
     barrier_init_fence();
 }
 
+// An entry of the table in 32 bits, which coordinates of the copy engine have.
+struct RowTile {
+    int32_t expert, row, rows;
+};
+
 // The tiles of one block (with clusters: of one cluster, whose blocks take neighbouring columns), in the order that all
 // of its threads walk. The table's next entry is fetched while this tile is worked on.
 struct Schedule {
-    const Tile *tiles;
+    const GemmTile *tiles;
     int32_t num_m, num_n, group, item, step, total;
     TilePlace place, next_place;
-    Tile tile, next;
+    RowTile tile, next;
 
     // num_n: tiles side by side; `first`, `stride`: this block's among those that share the work.
-    PYROUTE_DEVICE Schedule(const Tile *table, int32_t num_tiles, int32_t tiles_n, int32_t raster_group, int32_t first,
-                            int32_t stride)
+    PYROUTE_DEVICE Schedule(const GemmTile *table, int32_t num_tiles, int32_t tiles_n, int32_t raster_group,
+                            int32_t first, int32_t stride)
         : tiles(table), num_m(num_tiles), num_n(tiles_n), group(raster_group), item(first), step(stride),
           total(num_tiles * tiles_n), place{}, next_place{}, tile{}, next{} {
         fetch();
@@ -111,7 +116,8 @@ struct Schedule {
     PYROUTE_DEVICE void fetch() {
         if (item < total) {
             next_place = place_of(item, num_m, num_n, group);
-            next = tiles[next_place.m];
+            const GemmTile entry = tiles[next_place.m];
+            next = {entry.expert, static_cast<int32_t>(entry.row), entry.rows};
         }
     }
 };

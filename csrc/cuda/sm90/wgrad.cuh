@@ -3,10 +3,10 @@
 // The ring and the warpgroups are product.cuh's; the contraction runs over an expert's rows, and each block owns a tile
 // of 128 x 128 of one expert's gradient, so that adding to memory is deterministic.
 //
-// FP8: the operands have been transposed (tiles.cuh), each segment on its own multiple of 128, and zeros fill it up. A
-// stage holds 128 rows and both operands' scales, 4 bytes for each of the tile's rows and columns.
-// bfloat16: the tensor cores read operands whose rows run along the depth as they lie; a stage holds 64 rows. The rows
-// of the next expert in a segment's last stage are set to zero in shared memory by those who multiply.
+// FP8: the operands have been transposed (transpose.cuh), each segment on its own multiple of 128, and zeros fill it
+// up. A stage holds 128 rows and both operands' scales, 4 bytes for each of the tile's rows and columns. bfloat16: the
+// tensor cores read operands whose rows run along the depth as they lie; a stage holds 64 rows. The rows of the next
+// expert in a segment's last stage are set to zero in shared memory by those who multiply.
 #pragma once
 
 #include "cuda/sm90/product.cuh"
@@ -24,16 +24,15 @@ template <const WgradShape &S> PYROUTE_DEVICE GradientTile gradient_tile(const W
     const int32_t num_m = divide_up(args.n, 128), num_n = divide_up(args.k, 128);
     const int32_t expert = item / (num_m * num_n);
     const TilePlace place = place_of(item % (num_m * num_n), num_m, num_n, args.raster_group);
+    const auto between = [&](const int64_t *starts) {
+        return TilePlace{static_cast<int32_t>(starts[expert]), static_cast<int32_t>(starts[expert + 1])};
+    };
     if constexpr (S.element == Element::e4m3) {
-        const int32_t first = args.starts[expert], blocks = args.starts[expert + 1] - first;
-        return {expert, place.m * 128, place.n * 128, first * 128, blocks * 128, blocks};
+        const auto [first, last] = between(args.tile_starts);
+        return {expert, place.m * 128, place.n * 128, first * 128, (last - first) * 128, last - first};
     } else {
-        const auto clamped = [&](int64_t offset) {
-            return static_cast<int32_t>(min_of(max_of(offset, int64_t{0}), int64_t{args.rows}));
-        };
-        const int32_t first = clamped(args.expert_offsets[expert]);
-        const int32_t rows = max_of(clamped(args.expert_offsets[expert + 1]) - first, 0);
-        return {expert, place.m * 128, place.n * 128, first, rows, divide_up(rows, 64)};
+        const auto [first, last] = between(args.offsets);
+        return {expert, place.m * 128, place.n * 128, first, last - first, divide_up(last - first, 64)};
     }
 }
 
