@@ -20,10 +20,12 @@ test: $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet ".[test]"
 	MALLOC_PERTURB_=128 PYROUTE_EMULATOR_REQUIRED=1 $(VENV)/bin/pytest tests
 
-# Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra.
+# Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra. The CUDA
+# kernels are left to NVRTC, which compiles those that are called; KERNELS=AUTO compiles all of them, by nvcc, minutes.
+KERNELS ?= OFF
 dev:
 	cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \
-	  -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/pyroute > build-dev.log 2>&1 || { cat build-dev.log; exit 1; }
+	  -DPYROUTE_CUDA=$(KERNELS) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/pyroute > build-dev.log 2>&1 || { cat build-dev.log; exit 1; }
 	@rm -f build-dev.log
 	cmake --build build/dev
 

@@ -12,6 +12,13 @@ install(TARGETS _cuda DESTINATION pyroute)
 install(DIRECTORY csrc/ DESTINATION pyroute/_kernels/csrc FILES_MATCHING PATTERN "*.cu" PATTERN "*.cuh" PATTERN "*.h"
   PATTERN "cpu" EXCLUDE PATTERN "bindings" EXCLUDE)
 
+if(CMAKE_LIBRARY_OUTPUT_DIRECTORY)
+  set(images "${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/_kernels") # make dev: beside the sources
+else()
+  set(images "${CMAKE_CURRENT_BINARY_DIR}/_kernels")
+endif()
+file(REMOVE "${images}/architectures") # written below: without it nothing that an earlier build left there is used
+
 if(PYROUTE_CUDA STREQUAL "OFF")
   return()
 endif()
@@ -51,12 +58,6 @@ set(nvcc_flags -fatbin --threads 0 -O3 -std=c++17 -fmad=false -lineinfo -I "${CM
 if(PYROUTE_WERROR)
   list(APPEND nvcc_flags -Werror all-warnings)
 endif()
-if(CMAKE_LIBRARY_OUTPUT_DIRECTORY)
-  set(images "${CMAKE_LIBRARY_OUTPUT_DIRECTORY}/_kernels") # make dev: beside the sources
-else()
-  set(images "${CMAKE_CURRENT_BINARY_DIR}/_kernels")
-endif()
-
 set(fatbins "")
 file(GLOB kernels CONFIGURE_DEPENDS RELATIVE "${CMAKE_CURRENT_SOURCE_DIR}/csrc/cuda" csrc/cuda/*.cu csrc/cuda/sm90/*.cu)
 foreach(kernel IN LISTS kernels)

@@ -25,6 +25,8 @@ ARCHS = ("sm_80", "sm_90a", "sm_100a", "sm_120a")
 SOURCES = images._sources() / "cuda"
 ROOMS = sorted(str(path.relative_to(SOURCES).with_suffix("")) for path in SOURCES.rglob("*.cu"))
 
+HAS_FATBINS = (images._KERNELS / "architectures").is_file()
+
 _folder = tempfile.TemporaryDirectory(prefix="pyroute-cubins-")
 
 
@@ -62,7 +64,7 @@ def cubin(room: str, arch: str) -> Path:
     folder = Path(_folder.name) / room.replace("/", "-")
     made = folder / f"{Path(room).name}.{arch}.cubin"
     fatbin = images._KERNELS / f"{room}.fatbin"
-    if fatbin.is_file() and not made.exists():
+    if HAS_FATBINS and not made.exists():
         folder.mkdir(exist_ok=True)
         # one file per architecture, named after it
         subprocess.run([tool("cuobjdump"), "-xelf", "all", str(fatbin)], cwd=folder, check=True, capture_output=True)
