@@ -106,7 +106,8 @@ def topk_gating(
 def topk_gating_backward(
     grad_topk_weights: Any, logits: Any, gating: Gating, config: RouterConfig, *, bias: Any = None,
     balance_loss_coef: float = 0.0, balance_loss_scope: str = "batch", z_loss_coef: float = 0.0,
-    token_mask: Any = None, sequence_ids: Any = None, global_counts: Any = None, backend: str | None = None,
+    token_mask: Any = None, sequence_ids: Any = None, global_counts: Any = None, loss_scale: Any = None,
+    backend: str | None = None,
 ) -> Array:  # fmt: skip
     """Gradient of the logits, from the weights and both auxiliary losses together.
 
@@ -130,6 +131,8 @@ def topk_gating_backward(
         As in :func:`balance_loss`.
     token_mask : bool [num_tokens], optional
         False: gradient exactly 0, and the token counts in neither loss.
+    loss_scale : float64 [], optional
+        Multiplies both coefficients; on a GPU it is read there, so that nothing waits for a gradient scaler.
     backend : {None, "numpy", "cupy", "cpu", "cuda"}
 
     Returns
@@ -162,7 +165,10 @@ def topk_gating_backward(
     _check.one_of(function, "balance_loss_scope", balance_loss_scope, contract.SCOPES)
     sequence = contract.sequences(function, balance_loss_scope, sequence_ids, z.shape[0])
     reduced = contract.reduced_counts(function, balance_loss_scope, global_counts, z.shape[1], mask, z.shape[0])
-    chosen = _backend.choose(function, backend, z, ids, grad, mask, sequence, reduced and reduced[0])
+    scale = None if loss_scale is None else _backend.as_array(function, "loss_scale", loss_scale, ("float64",), ())
+    chosen = _backend.choose(function, backend, z, ids, grad, mask, sequence, reduced and reduced[0], scale)
+    if scale is not None and chosen != "cuda":
+        balance_coef, z_coef = balance_coef * float(scale), z_coef * float(scale)
 
     xp = _backend.array_module(z)
     terms: dict[str, Any] = {"coef": balance_coef, "token_mask": mask, "sequence_ids": sequence}
@@ -170,8 +176,9 @@ def topk_gating_backward(
     if chosen == "cuda":
         from ._device import gating as device
 
+        terms["loss_scale"] = scale
         loads = device.balance_terms(ids, router.num_experts, grad.dtype, **terms) if balance_coef else None
-        return device.topk_gating_backward(grad, z, ids, router, mask, loads, z_coef)
+        return device.topk_gating_backward(grad, z, ids, router, mask, loads, z_coef, scale)
     balance = array_losses.balance_terms(xp, ids, router.num_experts, grad.dtype, **terms) if balance_coef else None
     num_real = z.shape[0] if mask is None else int(mask.sum())
     z_scale = 2.0 * z_coef / max(1, num_real)

@@ -129,6 +129,8 @@ BACKWARD = [
     *wrong_reals("balance_loss_coef"),
     *wrong_reals("z_loss_coef"),
     *scopes("balance_loss_scope"),
+    Case("a scale of a narrow type", {"loss_scale": np.ones((), np.float32)}, TypeError, "loss_scale must be float64"),
+    Case("two scales", {"loss_scale": np.ones(2)}, ValueError, "loss_scale must be of shape []"),
 ]
 BIAS_RULE = [
     *wrong_arrays("bias", (E,), ("float32", "float64"), "."),

@@ -63,9 +63,10 @@ struct BalanceFractions {
     int64_t total_tokens;                 // in their place, or -1
     const BalanceTotals *totals;          // or null: one sequence
     double coef;
-    void *fractions; // Scalar [N, E]
-    void *scales;    // Scalar [N]
-    double *weights; // [N]
+    const double *factor; // multiplies coef, or null
+    void *fractions;      // Scalar [N, E]
+    void *scales;         // Scalar [N]
+    double *weights;      // [N]
 };
 
 struct TokenSum {
@@ -81,7 +82,9 @@ struct TokenSum {
 
 struct TokenShare {
     double numerator;
-    const int32_t *num_real;
+    const double *factor;    // multiplies it, or null
+    int64_t num_tokens;      // or
+    const int32_t *num_real; // not null
     double *share;
 };
 

@@ -100,7 +100,8 @@ template <class Scalar> PYROUTE_DEVICE void balance_terms(const BalanceFractions
         if (at == row * args.num_experts) {
             const double weight = 1.0 / static_cast<double>(num_sequences * tokens);
             args.weights[row] = weight;
-            static_cast<Scalar *>(args.scales)[row] = static_cast<Scalar>(args.coef * weight);
+            const double coef = args.factor ? args.coef * *args.factor : args.coef;
+            static_cast<Scalar *>(args.scales)[row] = static_cast<Scalar>(coef * weight);
         }
     }
 }
@@ -134,9 +135,11 @@ PYROUTE_DEVICE void sum_tokens(const TokenSum &args) {
     *args.sum = total;
 }
 
-// numerator / the number of real tokens.
+// numerator * factor / the number of real tokens.
 PYROUTE_DEVICE void share_among_tokens(const TokenShare &args) {
-    *args.share = args.numerator / static_cast<double>(max_of(*args.num_real, 1));
+    const int64_t real = args.num_real ? *args.num_real : args.num_tokens;
+    const double numerator = args.factor ? args.numerator * *args.factor : args.numerator;
+    *args.share = numerator / static_cast<double>(max_of<int64_t>(real, 1));
 }
 
 // --- bias ---------------------------------------------------------------------------------------------------------

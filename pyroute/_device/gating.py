@@ -77,8 +77,9 @@ def count_real(beside: Array, mask: Array) -> Array:
 
 
 def balance_terms(
-    ids: Array, num_experts: int, dtype: Any, *, coef: float = 1.0, token_mask: Array | None = None,
-    sequence_ids: Array | None = None, global_counts: tuple[Array, int] | None = None,
+    ids: Array, num_experts: int, dtype: Any, *, coef: float = 1.0, loss_scale: Array | None = None,
+    token_mask: Array | None = None, sequence_ids: Array | None = None,
+    global_counts: tuple[Array, int] | None = None,
 ) -> DeviceBalance:  # fmt: skip
     num_tokens, top_k = ids.shape
     device, stream = place(ids)
@@ -100,21 +101,23 @@ def balance_terms(
     wide, total = (None, -1) if global_counts is None else (int64_loads(global_counts[0]), global_counts[1])
     _cuda.balance_terms(
         device, stream, _check.DTYPE_NAMES[np.dtype(dtype)], rows, num_experts, top_k, pointer(loads), pointer(wide),
-        pointer(tokens), total, pointer(totals), coef, pointer(fractions), pointer(scales), pointer(weights),
+        pointer(tokens), total, pointer(totals), coef, pointer(loss_scale), pointer(fractions), pointer(scales),
+        pointer(weights),
     )  # fmt: skip
     return DeviceBalance(fractions, weights, scales, sequence)
 
 
 def topk_gating_backward(
     grad: Array, z: Array, ids: Array, config: RouterConfig, mask: Array | None, balance: DeviceBalance | None,
-    z_coef: float,
+    z_coef: float, loss_scale: Array | None,
 ) -> Array:  # fmt: skip
     num_tokens, fields = z.shape[0], core_router(config)
     device, stream = place(z)
     z_scale, device_z_scale = 2.0 * z_coef / max(1, num_tokens), None
-    if z_coef and mask is not None:
-        num_real, device_z_scale = count_real(z, mask), empty(z, (1,), np.float64)
-        _cuda.share_among_tokens(device, stream, 2.0 * z_coef, pointer(num_real), pointer(device_z_scale))
+    if z_coef and (mask is not None or loss_scale is not None):
+        num_real, device_z_scale = None if mask is None else count_real(z, mask), empty(z, (1,), np.float64)
+        given = 2.0 * z_coef, pointer(loss_scale), num_tokens, pointer(num_real)
+        _cuda.share_among_tokens(device, stream, *given, pointer(device_z_scale))
     out = empty(z, z.shape, grad.dtype)
     room = _cuda.topk_gating_backward_workspace(device, fields, _type_of(z), num_tokens)
     scratch = workspace(z, room) if room else None

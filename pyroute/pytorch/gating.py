@@ -14,7 +14,7 @@ from .. import gating_losses as core_losses
 from ..gating import Gating
 from ..router_config import RouterConfig
 from ._library import constant, define, goes_direct
-from ._tensors import array, check_tensors, optional_array, tensor
+from ._tensors import array, check_tensors, ids_array, optional_array, tensor
 
 
 def topk_gating(
@@ -105,7 +105,7 @@ def _gating(
         array(function, "logits", logits),
         router,
         bias=optional_array(function, "bias", bias),
-        topk_idx=optional_array(function, "topk_idx", topk_idx),
+        topk_idx=None if topk_idx is None else ids_array(function, "topk_idx", topk_idx),
         token_mask=optional_array(function, "token_mask", token_mask),
     )
     return tensor(weights), tensor(idx), tensor(counts)
@@ -148,18 +148,19 @@ def _gating_backward_kernel(
     sequence_ids: Tensor | None, scale: Tensor | None, balance_coef: float, z_coef: float,
 ) -> Tensor:  # fmt: skip
     function = "topk_gating_backward"
-    factor = 1.0 if scale is None else float(scale)
-    ids = array(function, "topk_idx", topk_idx)
+    loss_scale = None if scale is None else scale.to(torch.float64)
+    ids = ids_array(function, "topk_idx", topk_idx)
     grad = core.topk_gating_backward(
         array(function, "grad_topk_weights", grad_weights),
         array(function, "logits", logits),
         Gating(ids, None, None),
         RouterConfig.from_string(config),
-        balance_loss_coef=balance_coef * factor,
+        balance_loss_coef=balance_coef,
         balance_loss_scope="batch" if sequence_ids is None else "sequence",
-        z_loss_coef=z_coef * factor,
+        z_loss_coef=z_coef,
         token_mask=optional_array(function, "token_mask", token_mask),
         sequence_ids=optional_array(function, "sequence_ids", sequence_ids),
+        loss_scale=optional_array(function, "aux_loss_scale", loss_scale),
     )
     return tensor(grad)
 
@@ -198,19 +199,24 @@ def _loss_kernel(
     function = "balance_loss" if balance_coef else "z_loss"
     z = array(function, "logits", logits)
     mask = optional_array(function, "token_mask", token_mask)
-    value = 0.0
+    value: Any = 0.0
     if balance_coef:
-        value += balance_coef * core_losses.balance_loss(
+        value += balance_coef * _number(core_losses.balance_loss(
             z,
-            Gating(array(function, "topk_idx", topk_idx), None, None),
+            Gating(ids_array(function, "topk_idx", topk_idx), None, None),
             RouterConfig.from_string(config),
             scope="batch" if sequence_ids is None else "sequence",
             sequence_ids=optional_array(function, "sequence_ids", sequence_ids),
             token_mask=mask,
-        )
+        ))  # fmt: skip
     if z_coef:
-        value += z_coef * core_losses.z_loss(z, token_mask=mask)
-    return torch.tensor(value, dtype=torch.float64)
+        value += z_coef * _number(core_losses.z_loss(z, token_mask=mask))
+    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+
+
+def _number(value: Any) -> Any:
+    """A loss: a float on the CPU, on a GPU a tensor of one, which nobody waits for."""
+    return value if isinstance(value, float) else tensor(value)
 
 
 def _loss_fake(logits: Tensor, *_: Any) -> Tensor:

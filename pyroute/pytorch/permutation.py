@@ -14,7 +14,7 @@ from .._check import integer, shape, type_error
 from ..quantization import ScaleFormat
 from ..route_plan import MAX_ROWS, unchecked_plan
 from ._library import define, goes_direct
-from ._tensors import array, check_tensors, describe, ids_array, optional_array, tensor
+from ._tensors import array, check_tensors, describe, ids_array, on_host, tensor
 from .quantization import Fp8Tensor
 
 
@@ -150,8 +150,15 @@ def _permute_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _unpermute_kernel(rows: Tensor, row_to_token: Tensor, token_to_row: Tensor, topk_weights: Tensor | None) -> Tensor:
     plan = _core_plan("unpermute", row_to_token, token_to_row)
-    weights = optional_array("unpermute", "topk_weights", topk_weights)
+    weights = None if topk_weights is None else _weights("unpermute", rows, topk_weights)
     return tensor(core.unpermute(array("unpermute", "rows", rows), plan, weights))
+
+
+def _weights(function: str, rows: Tensor, topk_weights: Tensor) -> Any:
+    """float32 weights of float64 rows widen, on a GPU before the kernels see them."""
+    if not on_host(rows) and rows.dtype == torch.float64 and topk_weights.dtype == torch.float32:
+        topk_weights = topk_weights.double()
+    return array(function, "topk_weights", topk_weights)
 
 
 def _unpermute_fake(rows: Tensor, row_to_token: Tensor, token_to_row: Tensor, topk_weights: Tensor | None) -> Tensor:
@@ -179,7 +186,7 @@ def _unpermute_backward_kernel(
     function = "unpermute_backward"
     plan = _core_plan(function, row_to_token, token_to_row)
     given = array(function, "grad_y", grad_y), array(function, "rows", rows)
-    grad_rows, grad_weights = core.unpermute_backward(*given, plan, array(function, "topk_weights", topk_weights))
+    grad_rows, grad_weights = core.unpermute_backward(*given, plan, _weights(function, rows, topk_weights))
     return tensor(grad_rows), tensor(grad_weights)
 
 

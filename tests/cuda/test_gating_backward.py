@@ -52,6 +52,8 @@ def test_every_router(rng, name, dtype):
             {"balance_loss_coef": 0.3},
             {"z_loss_coef": 0.1},
             {"balance_loss_coef": 0.3, "z_loss_coef": 0.1, "token_mask": mask},
+            {"balance_loss_coef": 0.3, "z_loss_coef": 0.1, "loss_scale": np.array(0.37)},
+            {"z_loss_coef": 0.1, "token_mask": mask, "loss_scale": np.array(3.1)},
             {"balance_loss_coef": 1.0, "balance_loss_scope": "sequence", "sequence_ids": sequences, "token_mask": mask},
         ):
             same(topk_gating_backward, grad, z, gating, config, **kwargs)

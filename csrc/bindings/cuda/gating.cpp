@@ -117,7 +117,7 @@ void count(int device, Address stream, int64_t num_tokens, int64_t top_k, int64_
 
 void fractions_of(int device, Address stream, const std::string &type, int64_t num_rows, int64_t num_experts,
                   int64_t top_k, Address loads, Address wide_loads, Address tokens, int64_t total_tokens,
-                  Address totals, double coef, Address fractions, Address scales, Address weights) {
+                  Address totals, double coef, Address factor, Address fractions, Address scales, Address weights) {
     const BalanceFractions args = {num_rows,
                                    num_experts,
                                    top_k,
@@ -127,6 +127,7 @@ void fractions_of(int device, Address stream, const std::string &type, int64_t n
                                    total_tokens,
                                    pointer<const BalanceTotals>(totals),
                                    coef,
+                                   pointer<const double>(factor),
                                    pointer<void>(fractions),
                                    pointer<void>(scales),
                                    pointer<double>(weights)};
@@ -141,9 +142,10 @@ void sum_of_tokens(int device, Address stream, int64_t num_tokens, Address terms
                 pointer<double>(chunk_sums), pointer<double>(sum)});
 }
 
-void share_of_token(int device, Address stream, double numerator, Address num_real, Address share) {
-    share_among_tokens(stream_of(device, stream),
-                       {numerator, pointer<const int32_t>(num_real), pointer<double>(share)});
+void share_of_token(int device, Address stream, double numerator, Address factor, int64_t num_tokens, Address num_real,
+                    Address share) {
+    share_among_tokens(stream_of(device, stream), {numerator, pointer<const double>(factor), num_tokens,
+                                                   pointer<const int32_t>(num_real), pointer<double>(share)});
 }
 
 // --- the rest

@@ -86,7 +86,9 @@ def activation_of(self: Any) -> _Recognised | None:
 
 
 def _recognise(self: Any) -> _Recognised | None:
-    gate, up = torch.meshgrid(torch.linspace(-24, 24, 49), torch.linspace(-24, 24, 33), indexing="ij")
+    device = self.down_proj.device if self.down_proj.is_cuda else None  # an activation may have parameters
+    axes = (torch.linspace(-24, 24, steps, device=device) for steps in (49, 33))
+    gate, up = torch.meshgrid(*axes, indexing="ij")
     gate, up = gate.reshape(1, -1), up.reshape(1, -1)
     if not self.has_gate:
         got = self.act_fn(gate)
