@@ -6,6 +6,7 @@ where it cannot run here.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -97,7 +98,12 @@ def device() -> None:
         "card": output_of("nvidia-smi", *query) if REAL else "emulated",
         "nvcc": (output_of(program("nvcc") or "nvcc", "--version").splitlines() or ["none"])[-1],
         "sanitizer": program("compute-sanitizer") or "none",
-        "packages": {name: version_of(name) for name in ("numpy", "torch", "cupy", "deep_gemm", "pytest")},
+        "packages": {
+            "numpy": version_of("numpy"),
+            "torch": version_of("torch"),
+            "cupy": version_of("cupy-cuda13x", "cupy-cuda12x", "cupy"),
+            "deep_gemm": version_of("sgl-deep-gemm", "deep-gemm"),
+        },
     }
     for name, value in facts.items():
         print(f"{name}: {value}")
@@ -108,9 +114,13 @@ def device() -> None:
     print(f"{backend.device}, kernels: {backend.kernels}")
 
 
-def version_of(package: str) -> str:
-    code = f"import {package}; print(getattr({package}, '__version__', 'there'))"
-    return (output_of(sys.executable, "-c", code).splitlines() or ["not installed"])[-1]
+def version_of(*distributions: str) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "not installed"
 
 
 # --- correctness ------------------------------------------------------------------------------------------------------

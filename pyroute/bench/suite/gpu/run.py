@@ -16,7 +16,7 @@ import pyroute
 from ...terminal import UsageError, duration, write_json
 from .. import bars, options, records, report
 from .cases import ROWS, Problem, Sizes
-from .clock import Clock, ceilings, measure
+from .clock import Clock, Column, ceilings, measure
 
 
 def bench(args: argparse.Namespace) -> int:
@@ -118,14 +118,26 @@ def run(args: argparse.Namespace, clock: Clock, stream: Any) -> list[Outcome]:
     print("limits: " + ", ".join(f"{name} {value:.0f}" for name, value in rates.items()), file=stream)
     outcomes: list[Outcome] = []
     for row in args.rows:
-        for problem in ROWS[row](clock, Sizes(args.quick)):
+        try:
+            problems = list(ROWS[row](clock, Sizes(args.quick)))
+        except Exception as error:  # what the inputs need failed: the other rows go on
+            problems = [_failed(row, error)]
+        for problem in problems:
             if args.case not in f"{problem.op} {problem.case}":
                 continue
             cells = measure(problem.columns, clock, args.rounds, problem.check, problem.tolerance)
             outcomes.append(Outcome(problem, cells, rates))
             show(outcomes[-1], stream)
             problem.columns.clear()
+        problems.clear()
         gc.collect()
         if clock.real:
             torch.cuda.empty_cache()
     return outcomes
+
+
+def _failed(row: str, error: Exception) -> Problem:
+    def fail() -> Any:
+        raise error
+
+    return Problem(row, "inputs", 0, 0, [Column("pyroute", [fail])], lambda name, result: 0.0)
