@@ -1,47 +1,22 @@
 // The tensor cores' operands: panels in shared memory, the fragments that a warp takes from them, their products.
 //
-// A panel holds what one stage of the ring brings of one side: rows of `row_bytes` bytes, in chunks of 16 that are
-// permuted within their row, so that the eight rows of a matrix that ldmatrix reads lie in all 32 banks.
-//   along   a row is a row of the side, its bytes run along the contraction
-//   across  a row is one element of the contraction, its bytes run over rows of the side (dgrad's weights, wgrad)
-//
-// Across, ldmatrix transposes items of two bytes, which is all that bfloat16 needs. Of FP8 it gives pairs of
-// neighbouring rows of the side for two elements of the contraction. The lanes ask for contraction 4q, 4q + 1 and 4q +
-// 2, 4q + 3 (any eight addresses may be a matrix), and two byte selections make the fragments of the even and of the
-// odd rows: what the product calls rows r and r + 8 are then rows 2r and 2r + 1, and its columns likewise (row_of,
-// col_of).
+// Of a panel across (grouped_gemm_panels.h) ldmatrix transposes items of two bytes, which is all that bfloat16 needs.
+// Of FP8 it gives pairs of neighbouring rows of the side for two elements of the contraction. The lanes ask for
+// contraction 4q, 4q + 1 and 4q + 2, 4q + 3 (any eight addresses may be a matrix), and two byte selections make the
+// fragments of the even and of the odd rows: what the product calls rows r and r + 8 are then rows 2r and 2r + 1, and
+// its columns likewise (row_of, col_of).
 //
 // FP8 where the card has no FP8 product: codes become float16 by an instruction, or by a shift (e4m3 with 2^-8, which
 // the promotion takes out again), or as they are (e5m2). Codes beside bfloat16 become bfloat16. All exact, NaN too.
 #pragma once
 
 #include "cuda/grouped_gemm_arguments.h"
+#include "cuda/grouped_gemm_panels.h"
 #include "cuda/mma.cuh"
 
 namespace pyroute::cuda {
 
 enum class Kind { bf16, fp8, mixed }; // both bfloat16; both FP8; bfloat16 times e4m3
-
-template <int item_, bool across_, int extent_, int depth_> struct Panel {
-    static constexpr int item = item_, extent = extent_, depth = depth_; // depth: elements of the contraction
-    static constexpr bool across = across_;
-    static constexpr int rows = across ? depth : extent, row_bytes = (across ? extent : depth) * item;
-    static constexpr int bytes = rows * row_bytes, chunks = row_bytes / 16;
-    static constexpr bool pairs = across && item == 1; // even and odd rows of the side are apart
-
-    static PYROUTE_DEVICE int place(int row, int chunk) {
-        int flip;
-        if constexpr (chunks == 4) // two rows share 128 bytes
-            flip = row / 2 & 3;
-        else if constexpr (pairs) // rows 0, 1, 4, 5, 8, 9, 12, 13 are a matrix
-            flip = (row / 4 & 3) * 2 + (row & 1);
-        else if constexpr (across)
-            flip = row & 7;
-        else // 8 rows of one chunk, and 4 rows of two (bfloat16 beside FP8)
-            flip = (row & 3) * 2 + (row / 4 & 1);
-        return row * row_bytes + (chunk ^ flip) * 16;
-    }
-};
 
 template <Kind kind_, bool a_e5m2_, bool a_across, bool b_across, int rows_> struct Config {
     static constexpr Kind kind = kind_;
@@ -112,10 +87,6 @@ template <class C> struct Fragments {
     uint32_t b[C::col_parts][2];
 };
 
-// The row of an FP8 panel across that lane % 8 of matrix `matrix` reads, within 32 of the contraction.
-PYROUTE_DEVICE int row_of_pairs(int lane, int matrix) {
-    return matrix / 2 * 16 + lane % 8 / 2 * 4 + matrix % 2 * 2 + lane % 2;
-}
 // What the transposed load gives of even and of odd rows of the side.
 PYROUTE_DEVICE uint32_t even_rows(uint32_t first, uint32_t second) { return select_bytes(first, second, 0x6420u); }
 PYROUTE_DEVICE uint32_t odd_rows(uint32_t first, uint32_t second) { return select_bytes(first, second, 0x7531u); }

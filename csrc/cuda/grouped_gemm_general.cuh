@@ -9,22 +9,15 @@
 // sixteen outer products of 4 x 4 (two 16-byte loads for 16 fused multiply-adds) make a partial sum. Two blocks on an
 // SM: one loads while the other computes. Few rows an expert: 8 x 64 sums, 1 x 4 a thread, 36 KiB, three blocks on an
 // SM or more, so that as much of the weights is on its way as memory needs; each weight is read once.
-//
-// Shared memory: element (row, k) of a side of W rows is at k * W + (row ^ 4 (k % 8)). Four rows of eight k, which a
-// warp loads where the contraction runs along memory, then lie in 32 banks, and so do 32 rows of one k; the four rows
-// that a thread reads stay together.
 #pragma once
 
 #include "cuda/grouped_gemm_operands.cuh"
+#include "cuda/grouped_gemm_panels.h"
 
 namespace pyroute::cuda {
 
 constexpr int general_threads = 128;
 constexpr int sum_lanes = 8;
-
-template <int width> PYROUTE_DEVICE int place_in_side(int row, int k) {
-    return k * width + (row ^ (k % 8 * 4 & (width - 1)));
-}
 
 template <class Type, bool multiply_scales>
 PYROUTE_DEVICE float element(const GemmSide &s, uint32_t row, uint32_t depth) {
