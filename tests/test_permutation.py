@@ -113,10 +113,10 @@ def test_fp8_moves_with_its_scales(floor, rng):
 @pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 def test_permute_quantize_is_permute_then_quantize(floor, dtype, scale_format, rng):
-    for hidden in [1, 64, 127, 128, 129, 512]:
+    for hidden in [0, 1, 64, 127, 128, 129, 512]:
         plan = plan_routes(random_ids(rng, 41, 3, 6, 0.2), 6, alignment=16, backend=floor.backend)
         x = (rng.normal(size=(41, hidden)) * 10.0 ** rng.uniform(-3, 3, (41, 1))).astype(dtype)
-        x[3, 0], x[4, 0], x[5] = np.nan, np.inf, 0
+        x[3, :1], x[4, :1], x[5] = np.nan, np.inf, 0
         fused = permute_quantize(x, plan, scale_format=scale_format, backend=floor.backend)
         rows = permute(x, plan, backend=floor.backend)
         steps = quantize_fp8(rows, scale_format=scale_format, backend=floor.backend)

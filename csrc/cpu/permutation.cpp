@@ -75,6 +75,8 @@ void permute_quantize(const PermuteQuantizeArgs &args) {
     constexpr int64_t run = 8; // tokens: 56 KiB of codes at hidden = 7168
     check_slots(args.maps);
     const int64_t hidden = args.hidden, top_k = args.maps.top_k, size = item_size(args.x_type);
+    if (hidden == 0) // neither codes nor scales
+        return;
     const int64_t row_scales = hidden / args.block_cols + (hidden % args.block_cols != 0);
     const int64_t scale_bytes = row_scales * static_cast<int64_t>(sizeof(float));
     for_each_padding_row(args.maps, hidden, [&](int64_t row) {

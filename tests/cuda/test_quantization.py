@@ -60,10 +60,17 @@ def test_bytes(dtype, format, block):
     rng = np.random.default_rng(1)
     for scale_format in ("float32", "ue8m0"):
         x = with_specials(values((150, 272), TYPES[dtype], rng), rng)
-        launched()
         on_gpu(x, block=block, format=format, scale_format=scale_format)
-        kernel = {(1, 128): "row128", (128, 128): "tile128", (128, 1): "column128"}[block]
-        assert launched() == [f"quantize_{kernel}_{dtype}_{format}"]
+
+
+def test_which_kernel_serves():
+    x, odd = np.zeros((200, 272), np.float32), np.zeros((200, 271), np.float32)
+    launched()
+    for block in BLOCKS:
+        for matrix, offset in ((x, 0), (x, 1), (odd, 0)):
+            pyroute.quantize_fp8(to_device(matrix, offset=offset), block=block)
+    fast = [f"quantize_{name}_float32_e4m3" for name in ("row128", "tile128", "column128")]
+    assert launched() == [name for one in fast for name in (one, *["quantize_any_float32_e4m3"] * 2)]
 
 
 @pytest.mark.parametrize("block", [*BLOCKS, (1, 64), (3, 5), (64, 16), (200, 300), (1, 2**31 - 1), (2**31 - 1, 1)])
