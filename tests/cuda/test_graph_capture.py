@@ -1,0 +1,168 @@
+"""A layer, forward and backward, captured into a graph once and replayed with other inputs.
+
+While a stream is captured nothing runs, so code that reads a result on the host, waits, or allocates outside the
+caller's memory fails or replays something stale. On a real GPU the driver itself refuses the first two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import emulated
+import numpy as np
+import pytest
+import real
+from conftest import assert_same_bytes
+from emulated import to_device, to_host
+
+import pyroute
+from pyroute import RouterConfig
+from pyroute._device.arrays import DeviceArray
+
+T, E, H, INNER, K = 24, 8, 96, 64, 2
+RELAXED, NON_BLOCKING = 2, 1
+
+
+class Arena:
+    """One allocation that is handed out from its start, on a stream of its own: what a graph works in."""
+
+    device = 0
+
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = to_device(np.full(num_bytes, emulated.POISON, np.uint8))
+        self.used = self.taken = 0
+        self.handle = ctypes.c_void_p()
+        real.call(real.driver().cuStreamCreate, ctypes.byref(self.handle), NON_BLOCKING)
+
+    def allocate(self, num_bytes: int):
+        start = -(-self.used // 256) * 256
+        self.used, self.taken = start + num_bytes, self.taken + 1
+        assert self.used <= self.memory.nbytes
+        return self.memory.pointer + start, self.memory
+
+    def stream(self) -> int:
+        return self.handle.value or 0
+
+    def put(self, array) -> DeviceArray:
+        """A copy of the array in the arena."""
+        array = np.ascontiguousarray(array)
+        address, owner = self.allocate(array.nbytes)
+        given = DeviceArray(address, array.shape, array.dtype, self, owner)
+        fill(given, array)
+        return given
+
+
+def fill(to: DeviceArray, array: np.ndarray) -> None:
+    real.write(to.pointer, np.ascontiguousarray(array))
+
+
+class Graph:
+    """What is queued on the arena's stream inside ``with``; ``launch()`` runs it and waits."""
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena, self.executable = arena, ctypes.c_void_p()
+
+    def __enter__(self) -> Graph:
+        real.call(real.driver().cuStreamBeginCapture_v2, self.arena.handle, RELAXED)
+        return self
+
+    def __exit__(self, *failure) -> None:
+        graph = ctypes.c_void_p()
+        real.call(real.driver().cuStreamEndCapture, self.arena.handle, ctypes.byref(graph))
+        if failure[0] is None:
+            flags = ctypes.c_uint64(0)
+            real.call(real.driver().cuGraphInstantiateWithFlags, ctypes.byref(self.executable), graph, flags)
+
+    def launch(self) -> None:
+        real.call(real.driver().cuGraphLaunch, self.executable, self.arena.handle)
+        real.call(real.driver().cuStreamSynchronize, self.arena.handle)
+
+
+def inputs(seed: int, dtype) -> dict[str, np.ndarray]:
+    """A batch: other logits send other tokens to other experts."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(T, E)).astype(np.float32)
+    if seed == 2:
+        logits[:, 0] += 20  # one crowded expert, and others without tokens
+    return {
+        "logits": logits,
+        "x": rng.normal(size=(T, H)).astype(dtype),
+        "grad_y": rng.normal(size=(T, H)).astype(dtype),
+    }
+
+
+def weights_of(dtype, quantised: bool):
+    rng = np.random.default_rng(99)
+    wide = [rng.normal(0, 0.1, size=shape).astype(dtype) for shape in ((E, 2 * INNER, H), (E, H, INNER))]
+    if not quantised:
+        return wide
+    return [pyroute.quantize_fp8(w, block=(128, 128)) for w in wide]
+
+
+def put_weight(arena: Arena, w):
+    if not isinstance(w, pyroute.Fp8Array):
+        return arena.put(w)
+    return pyroute.Fp8Array(arena.put(w.codes), arena.put(w.scales), w.block)
+
+
+def train_step(given, weights, config, how):
+    """Router, layer, and the gradients of both."""
+    gating = pyroute.topk_gating(given["logits"], config)
+    y, saved = pyroute.moe_forward(given["x"], gating.topk_idx, gating.topk_weights, *weights, return_saved=True, **how)
+    grads = pyroute.moe_backward(given["grad_y"], saved)
+    grad_logits = pyroute.topk_gating_backward(
+        grads.topk_weights, given["logits"], gating, config, balance_loss_coef=1e-2, z_loss_coef=1e-3
+    )
+    return gating.topk_idx, gating.topk_weights, y, grads.x, grads.w_gate_up, grads.w_down, grad_logits
+
+
+CASES = {
+    "float32": (np.float32, False, {}),
+    "fp8": ("bfloat16", True, {"quantize_activations": True, "quantize_gradients": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_captured_step_replays_other_routings(case):
+    name, quantised, how = CASES[case]
+    dtype = np.dtype(name) if name != "bfloat16" else pyroute._backend.BFLOAT16
+    config = RouterConfig(E, K, "sigmoid", renormalize="sum")
+    arena = Arena(64 << 20)
+    given = {name: arena.put(array) for name, array in inputs(0, dtype).items()}
+    weights = [put_weight(arena, w) for w in weights_of(dtype, quantised)]
+    train_step(given, weights, config, how)  # kernels are loaded at their first use
+    real.call(real.driver().cuCtxSynchronize)
+
+    before = arena.taken
+    with Graph(arena) as graph:
+        results = train_step(given, weights, config, how)
+    assert arena.taken > before
+    for seed in (0, 1, 2):
+        for name, array in inputs(seed, dtype).items():
+            fill(given[name], array)
+        graph.launch()
+        replayed = [to_host(part) for part in results]
+        eager_given = {name: to_device(array) for name, array in inputs(seed, dtype).items()}
+        eager_weights = [put_weight(EAGER, w) for w in weights_of(dtype, quantised)]
+        for a, b in zip(replayed, train_step(eager_given, eager_weights, config, how), strict=True):
+            assert_same_bytes(a, to_host(b))
+
+
+class Eager:
+    put = staticmethod(to_device)
+
+
+EAGER = Eager()
+
+
+def test_a_step_waits_for_nothing():
+    emulator = emulated.library()
+    config = RouterConfig(E, K)
+    given = {name: to_device(array) for name, array in inputs(0, np.float32).items()}
+    weights = [to_device(w) for w in weights_of(np.float32, False)]
+    train_step(given, weights, config, {})
+    waiting = ("cuStreamSynchronize", "cuCtxSynchronize", "cuMemAlloc_v2", "cuLibraryLoadData")
+    before = [emulator.pyroute_emulator_calls(name.encode()) for name in waiting]
+    train_step(given, weights, config, {})
+    assert [emulator.pyroute_emulator_calls(name.encode()) for name in waiting] == before
+    assert emulator.pyroute_emulator_calls(b"cuLaunchKernelEx") > 0
