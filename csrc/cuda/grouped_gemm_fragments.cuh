@@ -23,7 +23,8 @@ template <Kind kind_, bool a_e5m2_, bool a_across, bool b_across, int rows_> str
     static constexpr bool a_e5m2 = a_e5m2_;
     static constexpr int rows = rows_, cols = 128, warps = 8;
     static constexpr MmaRing ring = mma_ring(rows, kind == Kind::mixed);
-    static constexpr int warps_down = rows == 128 ? 4 : 1, warps_across = warps / warps_down;
+    // Codes beside bfloat16 are widened by every warp that takes them: by two, not four.
+    static constexpr int warps_down = rows == 16 ? 1 : kind == Kind::mixed ? 2 : 4, warps_across = warps / warps_down;
     static constexpr int warp_rows = rows / warps_down, warp_cols = cols / warps_across;
     static constexpr int row_parts = warp_rows / 16, col_parts = warp_cols / 8;
     static constexpr int stages = ring.stages, depth = ring.a_bytes / (kind == Kind::fp8 ? 1 : 2); // of a stage

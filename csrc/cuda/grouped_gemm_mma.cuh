@@ -1,11 +1,12 @@
 // Grouped GEMM on tensor cores by mma.sync, for every card from sm_80 on: bfloat16, FP8 with block scales, FP8 weights
 // beside bfloat16 rows; forward, dgrad and wgrad.
 //
-// Plan: a block of 8 warps computes 128 x 128 sums of X Y^T, a warp 32 x 64 of them, or 16 x 128 where experts have few
-// rows (a warp 16 x 16). A ring of stages, each 128 bytes of the contraction of both sides and the scales of its
-// block, is filled by cp.async; one barrier per stage. Every 128 elements the tensor cores' sums, which they may round
-// more coarsely than float32, are multiplied by the block's two scales and added to totals in float32 registers.
-// A sum's steps depend on its row, its column and the contraction alone, so that its bits are the same in both tiles.
+// Plan: a block of 8 warps computes 128 x 128 sums of X Y^T, a warp 32 x 64 of them (64 x 32 where FP8 is widened to
+// bfloat16), or 16 x 128 where experts have few rows (a warp 16 x 16). A ring of stages, each 128 bytes of the
+// contraction of both sides and the scales of its block, is filled by cp.async; one barrier per stage. Every 128
+// elements the tensor cores' sums, which they may round more coarsely than float32, are multiplied by the block's two
+// scales and added to totals in float32 registers. A sum's steps depend on its row, its column and the contraction
+// alone, so that its bits are the same in both tiles.
 //
 // Registers: 64 sums, 64 totals and at most 40 of fragments a thread; 1 block on an SM (ring of 99 KiB, what the
 // smallest cards have), of the low tile two or more. Bytes: X once per 128 columns and Y once per row tile, from L2

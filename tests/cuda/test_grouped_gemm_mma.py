@@ -251,3 +251,27 @@ def test_any_order_of_threads_gives_the_same_bytes(seed, rng):
     b, b_values = exact(rng, "e4m3", (2, 24, 1040), WEIGHTS)
     expected = oracle.forward(a_values, b_values, offsets)[0]
     same_bytes(run(grouped_gemm, a, b, offsets, "float32", "grouped_gemm_fp8_low"), expected)
+
+
+@pytest.mark.parametrize(
+    ("block_a", "block_b"), [((1, 256), (64, 128)), ((3, 128), (256, 384)), ((5, 384), (1, 128)), ((4, 128), (7, 256))]
+)
+def test_scale_blocks_of_other_shapes_that_fit(block_a, block_b, rng):
+    """Any multiple of 128 along the contraction, anything across; blocks of rows that restart, or that segments cut."""
+    offsets = offsets_of(7, 0, 150)
+    b, b_values = exact(rng, "e4m3", (3, 72, 784), block_b)
+    for restarts in (None, offsets):
+        a, a_values = exact(rng, "e4m3", (157, 784), block_a, restarts)
+        expected = oracle.forward(a_values, b_values, offsets)[0]
+        same_bytes(run(grouped_gemm, a, b, offsets, "float32", "grouped_gemm_fp8"), expected)
+    b, b_values = exact(rng, "e4m3", (3, 784, 48), block_b[::-1])
+    a, a_values = exact(rng, "bfloat16", (157, 784), None)
+    expected = oracle.dgrad(a_values, b_values, offsets)[0]
+    same_bytes(run(grouped_gemm_dgrad, a, b, offsets, "float32", "grouped_gemm_mixed_dgrad"), expected)
+    offsets = offsets_of(0, 450, 7)
+    g, g_values = exact(rng, "e5m2", (457, 48), block_a[::-1], offsets)
+    a, a_values = exact(rng, "e4m3", (457, 32), block_b[::-1], offsets)
+    emulated.launched()
+    got = grouped_gemm_wgrad(device(g), device(a), to_device(offsets))
+    assert emulated.launched() == ["grouped_gemm_plan", "grouped_gemm_e5m2_wgrad"]
+    same_bytes(got, oracle.wgrad(g_values, a_values, offsets)[0])
