@@ -15,6 +15,8 @@ needed for its own operations and the benchmarks; compute-sanitizer, CuPy and De
 from __future__ import annotations
 
 import argparse
+import importlib.machinery
+import importlib.util
 import json
 import os
 import signal
@@ -89,7 +91,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def environment(args: argparse.Namespace, folder: str) -> dict[str, str]:
-    made = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", PYTHONUNBUFFERED="1")
+    made = dict(os.environ, PYTHONUNBUFFERED="1")
+    if built_in_place() or importlib.util.find_spec("pybind11"):  # else the installed package
+        made["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     made["PYROUTE_TEST_DEVICE"] = "emulated" if args.emulated else "real"
     made["PYROUTE_GPU_CHECK"] = "quick" if args.quick else "full"
     made["PYROUTE_GPU_CHECK_FOLDER"] = folder
@@ -98,6 +102,11 @@ def environment(args: argparse.Namespace, folder: str) -> dict[str, str]:
     else:
         made.pop("PYROUTE_CUDA_DRIVER", None)
     return made
+
+
+def built_in_place() -> bool:
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    return any((ROOT / f"pyroute/_cuda{suffix}").exists() for suffix in suffixes)
 
 
 def run(stage: Stage, args: argparse.Namespace, folder: str) -> Result:

@@ -7,6 +7,7 @@ where it cannot run here.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ from typing import Any, NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 REAL = os.environ.get("PYROUTE_TEST_DEVICE") == "real"
 QUICK = os.environ.get("PYROUTE_GPU_CHECK") == "quick"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/cuda")]
+sys.path[:0] = [str(ROOT / "tests/cuda")]
 
 
 def skip(why: str) -> NoReturn:
@@ -49,11 +50,10 @@ def build() -> None:
     """The extensions and the images for this card, in place; what is built already and newer than its sources stays."""
     start = time.monotonic()
     cmake = program("cmake")
-    if cmake is None:
+    if cmake is None or importlib.util.find_spec("pybind11") is None:
         import pyroute
 
-        why = pyroute.backends()["cuda"].reason
-        print(f"no cmake here: the package as it is installed{f': {why}' if why else ''}")
+        print(f"cmake or pybind11 is missing: pyroute as it is in {Path(pyroute.__file__).parent}")
         return
     folder = ROOT / "build/gpu_check"
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
