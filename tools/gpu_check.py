@@ -45,13 +45,16 @@ def child(name: str) -> tuple[str, ...]:
     return (sys.executable, HERE, name)
 
 
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=25")
+# the script where there is one: `python -m pytest` would import the source tree before an installed package
+_SCRIPT = Path(sys.executable).parent / "pytest"
+PYTEST = (*((str(_SCRIPT),) if _SCRIPT.exists() else (sys.executable, "-m", "pytest")), "-q", "-p", "no:cacheprovider")
+WORKERS = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 
 STAGES = (
     Stage("build", 200, (), True, True, child("build")),
     Stage("device", 60, ("build",), True, True, child("device")),
     Stage("exact", 90, ("device",), True, True, child("exact")),
-    Stage("tests", 150, ("device",), False, True, (*PYTEST, "tests/cuda")),
+    Stage("tests", 150, ("device",), False, True, (*PYTEST, *WORKERS, "--maxfail=25", "tests/cuda")),
     Stage("pytorch", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_pytorch.py")),
     Stage("graphs", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_graph_capture.py")),
     Stage("repeats", 60, ("device",), True, True, child("repeats")),
@@ -97,6 +100,7 @@ def environment(args: argparse.Namespace, folder: str) -> dict[str, str]:
     made["PYROUTE_TEST_DEVICE"] = "emulated" if args.emulated else "real"
     made["PYROUTE_GPU_CHECK"] = "quick" if args.quick else "full"
     made["PYROUTE_GPU_CHECK_FOLDER"] = folder
+    made["PYROUTE_GPU_CHECK_PYTEST"] = json.dumps(PYTEST)
     if args.emulated:
         made["PYROUTE_EMULATOR_REQUIRED"] = "1"
     else:
@@ -132,7 +136,7 @@ def run(stage: Stage, args: argparse.Namespace, folder: str) -> Result:
     seconds = time.monotonic() - start
     if code is None:
         return Result(stage.name, "failed", seconds, f"not done after {stage.seconds} s; last: {last}", text)
-    if code == 77 or (code == 5 and "pytest" in stage.command):  # pytest's 5: no tests
+    if code == 77 or (code == 5 and stage.command[: len(PYTEST)] == PYTEST):  # pytest's 5: no tests
         return Result(stage.name, "skipped", seconds, last, text)
     status = "ok" if code == 0 else "failed"
     return Result(stage.name, status, seconds, last if code in (0, 1) else f"exit status {code}: {last}", text)
