@@ -2,7 +2,7 @@
 
 Every array lies between two bands of known bytes, and a kernel that writes into one is found as on the emulated GPU.
 Copies wait for all kernels before them. With PYROUTE_CUDA_DRIVER naming the emulator all of this runs on that.
-PYROUTE_TEST_BAND=0 leaves bands and poison out, for compute-sanitizer, which knows what is outside and what is unwritten.
+PYROUTE_TEST_BAND=0 leaves bands and poison out, for compute-sanitizer: it knows what is outside or unwritten.
 """
 
 from __future__ import annotations
