@@ -92,6 +92,17 @@ def build_parser() -> Parser:
     cost.add_argument("--sequence", metavar="N", type=positive, default=4096, help="tokens that attend (4096)")
     cost.add_argument("--no-measure", action="store_true", help="leave out this machine's own rates (a few seconds)")
     cost.set_defaults(run=run_cost)
+    placement = command("placement", "where experts should live, from a recorded trace of their loads")
+    placement.add_argument(
+        "trace", metavar="TRACE", help="tokens per expert [E], [L, E] or [steps, L, E]: .npy or JSON"
+    )
+    placement.add_argument("--devices", metavar="N", type=positive, required=True, help="that share the experts")
+    placement.add_argument(
+        "--slots", metavar="N", type=positive, help="of all devices (experts, rounded up to devices)"
+    )
+    placement.add_argument("--nodes", metavar="N", type=positive, default=1, help="each of which holds whole groups")
+    placement.add_argument("--groups", metavar="N", type=positive, default=1, help="of the router")
+    placement.set_defaults(run=run_placement)
     for sub in (demo, check, cost):
         sub.add_argument("--threads", metavar="N", type=positive, help="threads of the cpu backend")
     return parser
@@ -175,6 +186,19 @@ def run_cost(args: argparse.Namespace) -> int:
         terminal.write_json(report, args.json)
     if console:
         cost.show(console, report)
+    return 0
+
+
+def run_placement(args: argparse.Namespace) -> int:
+    from .bench import placement_report, terminal
+
+    console = None if args.json == "-" else terminal.report_console()
+    sizes = {"num_slots": args.slots, "num_nodes": args.nodes, "num_groups": args.groups}
+    report = placement_report.make(placement_report.read_trace(args.trace), args.devices, **sizes)
+    if args.json:
+        terminal.write_json(report, args.json)
+    if console:
+        placement_report.show(console, report)
     return 0
 
 
