@@ -5,7 +5,7 @@
 // E experts, I intermediate, P pre-activations per row (2I: gate first, then up; I without a gate), N columns.
 #pragma once
 
-#include <cstdint>
+#include <stdint.h>
 
 namespace pyroute {
 
