@@ -7,6 +7,10 @@ caller's memory fails or replays something stale. On a real GPU the driver itsel
 from __future__ import annotations
 
 import ctypes
+import mmap
+import os
+import subprocess
+import sys
 
 import emulated
 import numpy as np
@@ -153,6 +157,37 @@ class Eager:
 
 
 EAGER = Eager()
+
+
+def capture_out_of_reach(case: str) -> None:
+    """A captured step whose memory the host cannot touch meanwhile: reading it ends the process."""
+    name, quantised, how = CASES[case]
+    dtype = np.dtype(name) if name != "bfloat16" else pyroute._backend.BFLOAT16
+    config = RouterConfig(E, K, "sigmoid", renormalize="sum")
+    arena = Arena(64 << 20)
+    given = {name: arena.put(array) for name, array in inputs(0, dtype).items()}
+    weights = [put_weight(arena, w) for w in weights_of(dtype, quantised)]
+    train_step(given, weights, config, how)
+    pages = arena.memory.owner.room
+    protect = ctypes.CDLL(None).mprotect
+    address, size = ctypes.c_void_p(pages.ctypes.data), ctypes.c_size_t(pages.nbytes)
+    with Graph(arena) as graph:
+        assert protect(address, size, 0) == 0
+        train_step(given, weights, config, how)
+        assert protect(address, size, mmap.PROT_READ | mmap.PROT_WRITE) == 0
+    graph.launch()
+    print("nothing was read")
+
+
+@pytest.mark.skipif(emulated.REAL, reason="on a real GPU every read of its memory ends the process")
+@pytest.mark.parametrize("case", CASES)
+def test_the_host_reads_no_memory_of_the_gpu(case):
+    here = os.path.dirname(os.path.abspath(__file__))
+    code = f"import test_graph_capture as t; t.capture_out_of_reach({case!r})"
+    folders = [here, os.path.dirname(here), os.path.dirname(os.path.dirname(pyroute.__file__))]
+    made = dict(os.environ, PYTHONPATH=os.pathsep.join(folders))
+    done = subprocess.run([sys.executable, "-c", code], env=made, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "nothing was read\n"), done.stderr
 
 
 def test_a_step_waits_for_nothing():
