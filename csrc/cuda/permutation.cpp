@@ -12,7 +12,7 @@ namespace {
 constexpr const char *room = "permutation";
 constexpr int64_t threads = 256;
 constexpr int64_t most_blocks = 1 << 30; // two parts of a grid; blocks take more than one item then
-constexpr int64_t rows_per_block = 64;   // looked at for padding: eight by each warp
+constexpr int64_t rows_per_block = threads / 32 * padding_rows_at_once;
 
 int64_t divide_up(int64_t a, int64_t b) { return a / b + (a % b != 0); }
 
@@ -50,7 +50,7 @@ void permute(const Stream &stream, const PermuteArgs &args, uint32_t padding) {
     const int64_t size = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
     const int64_t words = args.row_bytes / size;
     MoveArgs move = {args, padding, 0, lanes_log2(words)};
-    move.token_blocks = blocks_for_strips(args.maps.num_tokens, words, 4, move.lanes_log2);
+    move.token_blocks = blocks_for_strips(args.maps.num_tokens, words, words_per_lane, move.lanes_log2);
     const std::string kernel = "permute_" + std::to_string(size);
     const uint32_t blocks = move.token_blocks + blocks_for(args.maps.num_rows, rows_per_block);
     launch(stream, room, kernel.c_str(), {blocks, threads}, move);
@@ -60,8 +60,8 @@ void permute_quantize(const Stream &stream, const PermuteQuantizeArgs &args) {
     const int64_t size = item_size(args.x_type);
     const bool vectors =
         args.hidden % 4 == 0 && bits_of(args.x) % (size == 2 ? 8 : 16) == 0 && bits_of(args.codes) % 4 == 0;
-    PermuteQuantizeLaunch move = {args, 0};
-    move.token_blocks = blocks_for_strips(args.maps.num_tokens, divide_up(args.hidden, 4), 8, 5);
+    QuantizeMoveArgs move = {args, 0};
+    move.token_blocks = blocks_for_strips(args.maps.num_tokens, divide_up(args.hidden, 4), blocks_at_once, 5);
     const uint32_t blocks = move.token_blocks + blocks_for(args.maps.num_rows, rows_per_block);
     launch(stream, room, kernel_of("permute_quantize", args.x_type, vectors).c_str(), {blocks, threads}, move);
 }

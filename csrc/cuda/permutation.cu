@@ -31,7 +31,7 @@ PYROUTE_KERNEL(permute_1, 256, 3, cuda::MoveArgs) { cuda::permute<uint8_t>(args)
     PYROUTE_KERNEL(unpermute_backward_##name, 256, blocks, cuda::SumBackwardArgs) {                                    \
         cuda::unpermute_backward<cuda::Type, n>(args);                                                                 \
     }                                                                                                                  \
-    PYROUTE_KERNEL(permute_quantize_##name, 256, blocks, cuda::PermuteQuantizeLaunch) {                                \
+    PYROUTE_KERNEL(permute_quantize_##name, 256, blocks, cuda::QuantizeMoveArgs) {                                     \
         cuda::permute_quantize<cuda::Type, (n > 1)>(args);                                                             \
     }
 

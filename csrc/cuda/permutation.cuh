@@ -15,11 +15,9 @@
 
 namespace pyroute::cuda {
 
-constexpr int words_per_lane = 4; // of a token's row
-constexpr int rows_at_once = 8;   // row numbers that are read ahead
+constexpr int rows_at_once = 8; // row numbers that are read ahead
 
-// A quotient of numbers that are not negative: 64 bits take three times the instructions, and rarely are any of them
-// set.
+// A quotient of numbers that are not negative, rarely of more than 32 bits.
 PYROUTE_DEVICE int64_t quotient(int64_t a, int64_t b) {
     if ((static_cast<uint64_t>(a | b) >> 32) == 0)
         return static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
@@ -57,9 +55,9 @@ template <class Fill>
 PYROUTE_DEVICE void for_each_padding_row(const RouteMaps &maps, uint32_t block, uint32_t blocks, const Fill &fill) {
     const int64_t warps = static_cast<int64_t>(blocks) * (blockDim.x / 32);
     const int64_t warp = static_cast<int64_t>(block) * (blockDim.x / 32) + warp_id();
-    for (int64_t base = warp * 8; base < maps.num_rows; base += warps * 8) {
+    for (int64_t base = warp * padding_rows_at_once; base < maps.num_rows; base += warps * padding_rows_at_once) {
         const int64_t row = base + lane_id();
-        const bool looks = lane_id() < 8 && row < maps.num_rows;
+        const bool looks = lane_id() < padding_rows_at_once && row < maps.num_rows;
         const int32_t token = looks ? maps.row_to_token[row] : 0;
         for (uint32_t left = ballot(looks && (token < 0 || token >= maps.num_tokens)); left != 0; left &= left - 1)
             fill(base + first_bit(left));

@@ -7,6 +7,13 @@
 
 namespace pyroute::cuda {
 
+// The cut of the work, as kernels and launchers both need it.
+constexpr int64_t shared_experts = 1024;    // whose counts, of each of eight warps, fit in 32 KiB of shared memory
+constexpr int words_per_lane = 4;           // of a token's row that is moved
+constexpr int quantize_block = 128;         // columns that share a scale
+constexpr int blocks_at_once = 8;           // of them, by a warp
+constexpr int64_t padding_rows_at_once = 8; // looked at by a warp
+
 struct PlanRoutesArgs {
     int64_t num_slots, top_k, num_experts, alignment, num_rows;
     const void *topk_idx; // [num_slots], ids that are not experts are not routed
@@ -38,7 +45,7 @@ struct MoveArgs {
     uint32_t lanes_log2; // lanes that share a token's row
 };
 
-struct PermuteQuantizeLaunch {
+struct QuantizeMoveArgs {
     PermuteQuantizeArgs move;
     uint32_t token_blocks;
 };

@@ -13,9 +13,6 @@
 
 namespace pyroute::cuda {
 
-constexpr int quantize_block = 128; // columns
-constexpr int blocks_at_once = 8;
-
 // Four elements of a row, those past `count` zero, in as few registers as they take. Vectors: all four or none exist,
 // at an address that is a multiple of their size, or of 16.
 template <class Type, bool vectors, size_t size = sizeof(typename Type::Storage)> struct FourElements {
@@ -52,17 +49,10 @@ struct BlockMaximum {
     bool finite;
 };
 PYROUTE_DEVICE BlockMaximum maximum_of_block(const float (&x)[4]) {
-    uint32_t most = 0, finite = 0;
-    PYROUTE_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t magnitude = magnitude_bits(x[i]);
-        most = max_of(most, magnitude);
-        finite = max_of(finite, magnitude < infinity_bits ? magnitude : 0);
-    }
-    most = reduce_max(most);
-    if (most < infinity_bits)
+    const uint32_t most = reduce_max(largest_magnitude<4>(x));
+    if (most < infinity_bits) // the same for all lanes
         return {most, true};
-    return {reduce_max(finite), false}; // the same for all lanes
+    return {reduce_max(largest_finite_magnitude<4>(x)), false};
 }
 
 template <bool vectors> PYROUTE_DEVICE void store_four(uint8_t *to, int32_t count, uint32_t codes) {
@@ -108,7 +98,7 @@ PYROUTE_DEVICE int32_t columns_left(const PermuteQuantizeArgs &move, int64_t col
     return static_cast<int32_t>(min_of(move.hidden - column, int64_t{blocks_at_once * quantize_block}));
 }
 
-template <bool vectors> PYROUTE_DEVICE void fill_quantized_padding(const PermuteQuantizeLaunch &args) {
+template <bool vectors> PYROUTE_DEVICE void fill_quantized_padding(const QuantizeMoveArgs &args) {
     const PermuteQuantizeArgs &move = args.move;
     const int64_t row_scales = divide_up(move.hidden, int64_t{quantize_block});
     const uint32_t block = blockIdx.x - args.token_blocks, blocks = gridDim.x - args.token_blocks;
@@ -120,7 +110,7 @@ template <bool vectors> PYROUTE_DEVICE void fill_quantized_padding(const Permute
     });
 }
 
-template <class Type, bool vectors> PYROUTE_DEVICE void permute_quantize(const PermuteQuantizeLaunch &args) {
+template <class Type, bool vectors> PYROUTE_DEVICE void permute_quantize(const QuantizeMoveArgs &args) {
     if (blockIdx.x >= args.token_blocks)
         return fill_quantized_padding<vectors>(args);
     const PermuteQuantizeArgs &move = args.move;

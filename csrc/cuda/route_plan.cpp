@@ -7,7 +7,6 @@ namespace pyroute::cuda {
 namespace {
 
 constexpr const char *room = "permutation";
-constexpr int64_t few_experts = 1024;   // whose counts fit in shared memory: shared_counts in routes.cuh
 constexpr int64_t few_slots = 4096;     // that one block numbers in a microsecond or two
 constexpr int64_t few_rows = 1 << 16;   // that one block presets, 256 KiB
 constexpr int64_t few_counts = 4 << 20; // of all chunks, unless the slots are more: 16 MiB
@@ -22,7 +21,7 @@ struct Chunks {
 };
 
 Chunks chunks_of(int64_t num_slots, int64_t num_experts) {
-    if (num_experts <= few_experts) {
+    if (num_experts <= shared_experts) {
         const int64_t slots = std::max(slots_of_block, divide_up(divide_up(num_slots, most_chunks), 256) * 256);
         return {std::max<int64_t>(divide_up(num_slots, slots), 1), slots};
     }
@@ -40,7 +39,7 @@ size_t plan_routes_workspace(int64_t num_slots, int64_t num_experts) {
 
 void plan_routes(const Stream &stream, const PlanRoutesArgs &given, void *workspace) {
     PlanRoutesArgs args = given;
-    if (args.num_experts <= few_experts && args.num_slots <= few_slots && args.num_rows <= few_rows)
+    if (args.num_experts <= shared_experts && args.num_slots <= few_slots && args.num_rows <= few_rows)
         return launch(stream, room, "plan_routes_small", {1, 1024}, args);
     const Chunks chunks = chunks_of(args.num_slots, args.num_experts);
     args.num_chunks = chunks.count;
@@ -48,7 +47,7 @@ void plan_routes(const Stream &stream, const PlanRoutesArgs &given, void *worksp
     args.chunk_rows = static_cast<int32_t *>(workspace);
     args.blocks_done = static_cast<uint32_t *>(workspace) + chunks.count * args.num_experts;
     const auto blocks = static_cast<uint32_t>(chunks.count);
-    const bool wide = args.num_experts > few_experts;
+    const bool wide = args.num_experts > shared_experts;
     if (wide) {
         fill(stream, workspace, 0, plan_routes_workspace(args.num_slots, args.num_experts));
         fill(stream, args.row_to_token, 0xff, static_cast<size_t>(args.num_rows) * sizeof(int32_t));

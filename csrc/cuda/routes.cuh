@@ -17,7 +17,7 @@
 namespace pyroute::cuda {
 
 constexpr uint32_t no_expert = 0xffffffffu;
-constexpr uint32_t shared_counts = 8192; // 32 KiB: eight warps of 1024 experts, 32 of 256
+constexpr uint32_t shared_counts = 8 * shared_experts; // eight warps of 1024 experts, or 32 of 256
 struct SharedRows {
     int32_t of[shared_counts];
 };

@@ -55,8 +55,8 @@ void permute_of(int device, uintptr_t stream, const Maps &maps, int64_t row_byte
 void permute_quantize_of(int device, uintptr_t stream, const Maps &maps, int64_t hidden, int x_type, uintptr_t x,
                          bool power_of_two, uintptr_t codes, uintptr_t scales) {
     permute_quantize(stream_of(device, stream),
-                     {maps_of(maps), hidden, 128, static_cast<FloatType>(x_type), pointer<const void>(x), power_of_two,
-                      pointer<uint8_t>(codes), pointer<float>(scales)});
+                     {maps_of(maps), hidden, quantize_block, static_cast<FloatType>(x_type), pointer<const void>(x),
+                      power_of_two, pointer<uint8_t>(codes), pointer<float>(scales)});
 }
 
 void unpermute_of(int device, uintptr_t stream, const Maps &maps, int64_t hidden, int type, uintptr_t rows,
