@@ -110,11 +110,18 @@ def test_few_rows_an_expert(kind, out):
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
-@pytest.mark.parametrize("blocks", [1, 2, 4, 5, 6, 11, 33, 40])
+@pytest.mark.parametrize("blocks", [1, 2, 4, 5, 6, 11, 33, 70])
 def test_any_number_of_blocks_of_depth(kind, blocks):
-    """Around the number of stages (5, of 128 and of 64 elements), and beyond the 32 scales that a warp holds."""
+    """Around the number of stages (5, of 128 and of 64 elements), and beyond the 32 scales that a warp holds, twice."""
     depth = blocks * (128 if kind == "fp8" else 64)
     forward(np.random.default_rng(blocks), kind, [0, 131], 128, depth)
+
+
+@pytest.mark.parametrize("seed", range(4), indirect=True)
+@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+def test_short_products(kind, seed):
+    """A tile's store may still be reading the staging when the next tile is done."""
+    forward(np.random.default_rng(seed), kind, [0, 512, 1024], 512, 16)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "bfloat16"])

@@ -10,7 +10,7 @@ namespace emulator {
 
 // For the scheduler.
 bool copies_under_way();
-void land_a_copy();
+void land_a_copy(bool must); // not must: or none, this time
 void land_all_copies();
 void forget_copies();
 void copies_of_exiting_block(Block &block); // fails if some still need its shared memory

@@ -150,7 +150,7 @@ void run_blocks(const Shape &shape) {
         if (machine.resident.empty())
             return land_all_copies();
         if (copies_under_way() && (machine.runnable.empty() || next_random() % machine.copy_delay == 0)) {
-            land_a_copy();
+            land_a_copy(machine.runnable.empty());
             continue;
         }
         if (machine.runnable.empty())
