@@ -56,6 +56,13 @@ def test_stages_fail_alone(gpu_check, tmp_path, capsys):
     assert "total      2 ok, 3 failed, 2 skipped" in capsys.readouterr().out
 
 
+def test_the_time_of_all_stages_has_an_end(gpu_check, capsys):
+    assert gpu_check.main(["--seconds", "2", "--stage", "hangs,needing"]) == 1
+    printed = capsys.readouterr().out
+    assert "not done after 1 s" in printed
+    assert "the 2 s are over: --stage needing" in printed
+
+
 def test_some_stages_without_a_gpu(gpu_check, capsys):
     assert gpu_check.main(["--emulated", "--stage", "good,absent"]) == 0
     printed = capsys.readouterr().out

@@ -54,17 +54,17 @@ STAGES = (
     Stage("build", 200, (), True, True, child("build")),
     Stage("device", 60, ("build",), True, True, child("device")),
     Stage("exact", 90, ("device",), True, True, child("exact")),
-    Stage("tests", 150, ("device",), False, True, (*PYTEST, *WORKERS, "--maxfail=25", "tests/cuda")),
     Stage("pytorch", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_pytorch.py")),
     Stage("graphs", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_graph_capture.py")),
+    Stage("tests", 150, ("device",), False, True, (*PYTEST, *WORKERS, "--maxfail=25", "tests/cuda")),
     Stage("repeats", 60, ("device",), True, True, child("repeats")),
-    Stage("nvrtc", 90, ("device",), False, False, child("nvrtc")),
+    Stage("bench", 170, ("device",), True, True, child("bench")),
     Stage("cupy", 60, ("device",), False, True, child("cupy")),
     *(
         Stage(tool, 60, ("device",), False, False, child(tool))
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
     ),
-    Stage("bench", 170, ("device",), True, True, child("bench")),
+    Stage("nvrtc", 90, ("device",), False, False, child("nvrtc")),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 
@@ -82,6 +82,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--stage", action="append", default=[], metavar="NAME", help=f"only these: {', '.join(NAMES)}")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, no sanitizer, small benchmarks")
     parser.add_argument("--emulated", action="store_true", help="on the emulated GPU; implies --quick")
+    parser.add_argument("--seconds", type=int, default=480, help="of all stages together (480)")
     parser.add_argument("--json", metavar="FILE", help="write the results")
     parser.add_argument("--verbose", action="store_true", help="print what every stage prints, not only of failed ones")
     args = parser.parse_args(argv)
@@ -113,8 +114,9 @@ def built_in_place() -> bool:
     return any((ROOT / f"pyroute/_cuda{suffix}").exists() for suffix in suffixes)
 
 
-def run(stage: Stage, args: argparse.Namespace, folder: str) -> Result:
-    """The stage in a process group of its own, which is ended when its time is up."""
+def run(stage: Stage, args: argparse.Namespace, folder: str, left: float) -> Result:
+    """The stage in a process group of its own, which is ended when its time or that of all stages is up."""
+    seconds_given = min(stage.seconds, int(left))
     start = time.monotonic()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -122,7 +124,7 @@ def run(stage: Stage, args: argparse.Namespace, folder: str) -> Result:
             stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         try:
-            code = process.wait(stage.seconds)
+            code = process.wait(seconds_given)
         except subprocess.TimeoutExpired:
             code = None
         finally:
@@ -135,7 +137,7 @@ def run(stage: Stage, args: argparse.Namespace, folder: str) -> Result:
     last = lines[-1] if lines else "it printed nothing"
     seconds = time.monotonic() - start
     if code is None:
-        return Result(stage.name, "failed", seconds, f"not done after {stage.seconds} s; last: {last}", text)
+        return Result(stage.name, "failed", seconds, f"not done after {seconds_given} s; last: {last}", text)
     if code == 77 or (code == 5 and stage.command[: len(PYTEST)] == PYTEST):  # pytest's 5: no tests
         return Result(stage.name, "skipped", seconds, last, text)
     status = "ok" if code == 0 else "failed"
@@ -144,6 +146,7 @@ def run(stage: Stage, args: argparse.Namespace, folder: str) -> Result:
 
 def check(args: argparse.Namespace, folder: str) -> list[Result]:
     results: dict[str, Result] = {}
+    end = time.monotonic() + args.seconds
     for stage in STAGES:
         if stage.name not in args.stage:
             continue
@@ -154,8 +157,10 @@ def check(args: argparse.Namespace, folder: str) -> list[Result]:
             result = Result(stage.name, "skipped", 0, "not part of --quick")
         elif missing:
             result = Result(stage.name, "skipped", 0, f"{missing[0]} {results[missing[0]].status}")
+        elif end - time.monotonic() < 1:
+            result = Result(stage.name, "skipped", 0, f"the {args.seconds} s are over: --stage {stage.name}")
         else:
-            result = run(stage, args, folder)
+            result = run(stage, args, folder, end - time.monotonic())
         results[stage.name] = result
         print(f"{result.stage:10} {result.status:8} {result.seconds:6.1f} s  {result.note}", flush=True)
         if result.output and (args.verbose or result.status == "failed"):
