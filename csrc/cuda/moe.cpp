@@ -31,8 +31,8 @@ const char *form_name(const ActivationProgram &program) {
 
 template <class Args>
 void launch_blocks(const Stream &stream, const std::string &kernel, int64_t blocks, const Args &args) {
-    if (blocks > 0x7fffffff)
-        throw Error("moe: more than 2^31 - 1 thread blocks of work; send fewer tokens at once");
+    if (blocks > 0xffffffff / threads) // threads are counted in 32 bits
+        throw Error("moe: more than 2^32 - 1 threads of work; send fewer tokens at once");
     if (blocks > 0)
         launch(stream, "moe", kernel.c_str(), {static_cast<uint32_t>(blocks), threads}, args);
 }

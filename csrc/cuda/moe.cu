@@ -8,7 +8,7 @@
     PYROUTE_KERNEL(activate_quantize_##name, 256, 3, pyroute::ActivateLaunch<pyroute::cuda::Type::Storage>) {          \
         pyroute::cuda::activate_quantize<pyroute::cuda::Type, pyroute::cuda::Form::form>(args);                        \
     }                                                                                                                  \
-    PYROUTE_KERNEL(activate_backward_##name, 256, 2, pyroute::ActivateBackwardLaunch<pyroute::cuda::Type::Storage>) {  \
+    PYROUTE_KERNEL(activate_backward_##name, 256, 3, pyroute::ActivateBackwardLaunch<pyroute::cuda::Type::Storage>) {  \
         pyroute::cuda::activate_backward<pyroute::cuda::Type, pyroute::cuda::Form::form>(args);                        \
     }
 #define PYROUTE_BIASES(name, Type)                                                                                     \

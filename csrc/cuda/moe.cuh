@@ -19,11 +19,11 @@
 namespace pyroute::cuda {
 
 template <class Type, Form form> PYROUTE_DEVICE void activate(const ActivateLaunch<typename Type::Storage> &args) {
-    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64_t row = thread / args.row_threads, column = (thread - row * args.row_threads) * 8;
+    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+    const int64_t row = thread / args.row_threads, column = thread % args.row_threads * 8;
     if (row >= args.experts.num_rows)
         return;
-    const int64_t expert = expert_of(args.experts, row);
+    const int64_t expert = expert_of(args.experts, row, has_bias(args.op.bias));
     float hidden[8] = {};
     if (expert >= 0) {
         Points p;
@@ -39,11 +39,11 @@ template <class Type, Form form> PYROUTE_DEVICE void activate(const ActivateLaun
 
 template <class Type, Form form>
 PYROUTE_DEVICE void activate_quantize(const ActivateLaunch<typename Type::Storage> &args) {
-    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    const int64_t row = thread / args.row_threads, column = (thread - row * args.row_threads) * 16;
+    const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
+    const int64_t row = thread / args.row_threads, column = thread % args.row_threads * 16;
     if (row >= args.experts.num_rows) // whole blocks: row_threads is a multiple of 8
         return;
-    const int64_t expert = expert_of(args.experts, row), inner = args.op.intermediate;
+    const int64_t inner = args.op.intermediate, expert = expert_of(args.experts, row, has_bias(args.op.bias));
     float hidden[16] = {};
     if (expert >= 0 && column < inner) {
         const float weight = args.op.row_weights ? args.op.row_weights[row] : 1.0f;
@@ -109,7 +109,7 @@ PYROUTE_DEVICE void activate_backward(const ActivateBackwardLaunch<typename Type
     const int64_t row = row_of_warp(), inner = forward.intermediate, width = gated ? 2 * inner : inner;
     if (row >= args.experts.num_rows)
         return;
-    const int64_t expert = expert_of(args.experts, row);
+    const int64_t expert = expert_of(args.experts, row, has_bias(forward.bias));
     const float weight = forward.row_weights ? forward.row_weights[row] : 1.0f;
     RowDot dot;
     for (int64_t begin = 0; begin < inner; begin += 256) {
@@ -152,7 +152,7 @@ PYROUTE_DEVICE void activate_backward(const ActivateBackwardLaunch<typename Type
 
 template <class Type> PYROUTE_DEVICE void add_bias(const AddBiasLaunch<typename Type::Storage> &args) {
     const int64_t row = row_of_warp(), columns = args.op.columns;
-    const int64_t expert = row < args.experts.num_rows ? expert_of(args.experts, row) : -1;
+    const int64_t expert = row < args.experts.num_rows ? expert_of(args.experts, row, true) : -1;
     if (expert < 0)
         return;
     const float weight = args.op.row_weights ? args.op.row_weights[row] : 1.0f;
@@ -163,7 +163,7 @@ template <class Type> PYROUTE_DEVICE void add_bias(const AddBiasLaunch<typename 
 
 template <class Type> PYROUTE_DEVICE void bias_dot(const BiasDotLaunch<typename Type::Storage> &args) {
     const int64_t row = row_of_warp(), columns = args.op.columns;
-    const int64_t expert = row < args.experts.num_rows ? expert_of(args.experts, row) : -1;
+    const int64_t expert = row < args.experts.num_rows ? expert_of(args.experts, row, true) : -1;
     if (expert < 0) // all lanes
         return;
     RowDot dot;

@@ -202,8 +202,8 @@ template <class Type, class Format> PYROUTE_DEVICE void dequantize(const Dequant
         if (count <= 0)
             break;
         const int64_t at = (strip.first_row + row) * b.cols + column;
-        const float *scales =
-            args.op.scales + (strip.scale_row + (row_in_matrix + row) / b.block_rows) * args.col_blocks;
+        const int64_t block_row = b.block_rows == 1 ? row_in_matrix + row : (row_in_matrix + row) / b.block_rows;
+        const float *scales = args.op.scales + (strip.scale_row + block_row) * args.col_blocks;
         Words codes = {};
         if (args.whole_words)
             codes = load_words(args.op.codes + at);
