@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from emulated import to_device, to_host
-from grouped_gemm_operands import MIXES, ROW_BLOCK, TOKEN_BLOCK, TYPES, WEIGHT_BLOCK, fp8, offsets_of, operand
+from grouped_gemm_operands import FLOAT8, MIXES, ROW_BLOCK, TOKEN_BLOCK, TYPES, WEIGHT_BLOCK, fp8, offsets_of, operand
 
 from pyroute import Fp8Array, grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from pyroute.quantization import unchecked_fp8
@@ -171,3 +171,14 @@ def test_every_code(format, rng):
     a, _ = fp8(codes, np.ones((3, 2), np.float32), ROW_BLOCK)
     b = np.eye(256, dtype=np.float32)[None]
     check_rows(grouped_gemm_dgrad, a, b, offsets_of(3))
+
+
+def test_the_last_block_has_no_steps_past_its_end():
+    """All lanes underflow to -0, which one more step of zeros would turn into +0."""
+    a = np.full((1, 136), -(2.0**-9), np.float32)
+    a[:, 128:] = -(2.0**-149)
+    codes = np.ones((1, 1, 136), np.float32)
+    codes[..., 128:] = 2.0**-9
+    b, _ = fp8(codes.astype(FLOAT8["e4m3"]), np.full((1, 1, 2), 2.0**-149, np.float32), WEIGHT_BLOCK)
+    assert np.signbit(grouped_gemm(a, b, offsets_of(1), backend="cpu")).all()
+    check_rows(grouped_gemm, a, b, offsets_of(1))
