@@ -82,10 +82,12 @@ def image(room: str, capability: int, driver_version: int) -> bytes:
         raise RuntimeError(f"no CUDA kernels for compute capability {capability / 10}: {chosen.why_not}")
     if chosen.how == "emulated":
         return room.encode()
-    if chosen.how == "fatbins":
-        return (_KERNELS / f"{room}.fatbin").read_bytes()
-    compiler = nvrtc.find(driver_version // 1000)
-    assert compiler is not None
+    fatbin = _KERNELS / f"{room}.fatbin"
+    if chosen.how == "fatbins" and fatbin.is_file():
+        return fatbin.read_bytes()
+    compiler = nvrtc.find(driver_version // 1000)  # a build for sm_90 lacks what only sm_90a can do
+    if compiler is None:
+        raise RuntimeError(f"the package was built without the kernels of {room}, and there is no NVRTC")
     return cubin(compiler, room, arch(capability))
 
 

@@ -138,6 +138,21 @@ def test_fatbins_come_first(kernels):
     assert images.image("gating", 90, 13000) == b"fat"
 
 
+def test_a_room_without_a_fatbin_is_compiled(kernels, monkeypatch):
+    monkeypatch.setattr(nvrtc, "find", lambda newest_major: None)
+    with pytest.raises(
+        RuntimeError, match=r"^the package was built without the kernels of sm90/moe, and there is no NV"
+    ):
+        images.image("sm90/moe", 90, 13000)
+    compiler, asked = counting()
+    monkeypatch.setattr(nvrtc, "find", lambda newest_major: compiler)
+    (kernels / "csrc" / "cuda" / "sm90").mkdir(parents=True)
+    (kernels / "csrc" / "cuda" / "sm90" / "moe.cu").write_text("kernel")
+    monkeypatch.setenv("PYROUTE_CACHE_DIR", str(kernels / "cache"))
+    assert images.image("sm90/moe", 90, 13000) == b"\x7fELF made"
+    assert len(asked) == 1
+
+
 def test_why_there_are_no_kernels(kernels, monkeypatch):
     def why(capability, version):
         images.route.cache_clear()
