@@ -34,6 +34,7 @@
     char *const name = reinterpret_cast<char *>(pyroute_dynamic_shared)
 
 #define PYROUTE_UNROLL _Pragma("unroll")
+#define PYROUTE_KEEP_LOOP _Pragma("unroll 1") // one that mostly runs once, with a long body
 #define PYROUTE_PRAGMA(text) _Pragma(#text)
 #define PYROUTE_UNROLL_BY(count) PYROUTE_PRAGMA(unroll count)
 

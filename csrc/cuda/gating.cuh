@@ -178,6 +178,7 @@ PYROUTE_DEVICE void load_slots(const GatingLaunch &launch, const Share &mine, in
                                float sum, const TokenRows &rows) {
     const GatingArgs &args = launch.args;
     const Router &router = args.router;
+    PYROUTE_KEEP_LOOP
     for (int64_t j = mine.index; j < router.top_k; j += lanes) {
         int32_t id = args.given_idx ? args.given_idx[token * router.top_k + j] : rows.ids[j];
         id = masked || !is_expert(id, router.num_experts) ? -1 : id;
@@ -236,6 +237,7 @@ PYROUTE_DEVICE void write_slots(const GatingLaunch &launch, const Share &mine, i
     const GatingArgs &args = launch.args;
     const Router &router = args.router;
     const float divisor = weight_divisor(launch, rows.slots);
+    PYROUTE_KEEP_LOOP
     for (int64_t j = mine.index; j < router.top_k; j += lanes) {
         const int32_t id = rows.ids[j];
         const float weight = canonical(rows.slots[j] / divisor * launch.scaling_factor);

@@ -25,12 +25,14 @@ struct AnyGatingLaunch {
 };
 constexpr int gating_workspace_rows = 3;
 
+constexpr int slot_arrays = 5; // [k] each, of what gating's backward keeps of the slots of a token
+
 // topk_gating_backward. z_scale is a number of the host where it can be, else in memory: the number of real tokens is
 // then the device's.
 struct GatingBackwardLaunch {
     GatingBackwardArgs args;
     const double *z_scale; // or null
-    void *workspace;       // up to 1024 experts of float32 none, else 4 k numbers a warp
+    void *workspace;       // up to 1024 experts of float32 none, else slot_arrays k numbers a warp
     int32_t warp_words;    // 32-bit words of shared memory of a warp
 };
 

@@ -25,7 +25,7 @@ constexpr Variant any_float32 = {"topk_gating_backward_any_float32", 0, 128, 4},
                   any_float64 = {"topk_gating_backward_any_float64", 0, 128, 4};
 
 // Slots and, in registers, a row of gradients.
-int64_t words_of_warp(const Variant &variant, int64_t top_k) { return 32 * variant.items + 4 * top_k; }
+int64_t words_of_warp(const Variant &variant, int64_t top_k) { return 32 * variant.items + slot_arrays * top_k; }
 
 const Variant &variant_for(const GatingBackwardArgs &args, int64_t shared_bytes) {
     if (args.logits.type == FloatType::float64)
@@ -58,7 +58,7 @@ size_t topk_gating_backward_workspace(const Stream &stream, const GatingBackward
     if (variant.items)
         return 0;
     const LaunchShape shape = shape_for(variant, device, args);
-    return static_cast<size_t>(int64_t{shape.blocks} * (shape.threads / 32) * 4 * args.router.top_k * 8);
+    return static_cast<size_t>(int64_t{shape.blocks} * (shape.threads / 32) * slot_arrays * args.router.top_k * 8);
 }
 
 void topk_gating_backward(const Stream &stream, const GatingBackwardArgs &args, const double *z_scale,

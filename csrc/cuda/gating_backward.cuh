@@ -17,11 +17,12 @@ namespace pyroute::cuda {
 template <class Scalar> struct SlotRows {
     int32_t *ids; // -1: not routed
     Scalar *logits, *grads, *terms;
-    Scalar *row; // [E]
+    Scalar *values; // scores
+    Scalar *row;    // [E]
 };
-constexpr int slot_arrays = 4;
 
 template <class F> PYROUTE_DEVICE void each_slot(int64_t top_k, F f) {
+    PYROUTE_KEEP_LOOP
     for (int64_t j = lane_id(); j < top_k; j += 32)
         f(j);
 }
@@ -72,17 +73,18 @@ template <class Scalar> PYROUTE_DEVICE void slots_backward(int64_t top_k, const 
     each_slot(top_k, [&](int64_t j) { slots.grads[j] = slots.logits[j] * (slots.grads[j] - inner); });
 }
 
-// From the gradients of the weights to those of the scores that value(j) gives; returns <score, its gradient>.
-template <class Scalar, class Value>
-PYROUTE_DEVICE Scalar renormalize_backward(const Router &router, const SlotRows<Scalar> &slots, Value value) {
+// From the gradients of the weights to those of the scores; returns <score, its gradient>.
+template <class Scalar>
+PYROUTE_DEVICE Scalar renormalize_backward(const Router &router, const SlotRows<Scalar> &slots) {
     const int64_t top_k = router.top_k;
     if (router.renormalize == Renormalize::none)
-        return sum_slots(slots, top_k, [&](int64_t j) { return value(j) * slots.grads[j]; });
+        return sum_slots(slots, top_k, [&](int64_t j) { return slots.values[j] * slots.grads[j]; });
     const auto eps = static_cast<Scalar>(router.renormalize_eps);
-    const Scalar total = sum_slots(slots, top_k, value);
+    const Scalar total = sum_slots(slots, top_k, [&](int64_t j) { return slots.values[j]; });
     const bool is_sum = router.renormalize == Renormalize::sum, clamped = !is_sum && total < eps;
     const Scalar divisor = is_sum ? total + eps : (clamped ? eps : total);
-    const Scalar inner = sum_slots(slots, top_k, [&](int64_t j) { return (value(j) / divisor) * slots.grads[j]; });
+    const Scalar inner =
+        sum_slots(slots, top_k, [&](int64_t j) { return (slots.values[j] / divisor) * slots.grads[j]; });
     each_slot(top_k,
               [&](int64_t j) { slots.grads[j] = (clamped ? slots.grads[j] : slots.grads[j] - inner) / divisor; });
     return is_sum ? inner * (eps / divisor) : (clamped ? inner : Scalar(0));
@@ -121,15 +123,17 @@ PYROUTE_DEVICE void weights_backward(const Router &router, Row &row, bool &has_p
         row.softmax();
         has_p = true;
         terms.dense = true;
-        terms.dense_inner =
-            renormalize_backward(router, slots, [&](int64_t j) { return row.parts.of(slots.logits[j]); });
+        each_slot(router.top_k, [&](int64_t j) { slots.values[j] = row.parts.of(slots.logits[j]); });
+        terms.dense_inner = renormalize_backward(router, slots);
         return;
     }
-    const auto value = [&](int64_t j) { return score_of<false>(router.score, slots.logits[j]); };
-    renormalize_backward(router, slots, value);
     each_slot(router.top_k, [&](int64_t j) {
-        slots.grads[j] = slots.grads[j] * score_and_slope_of(router.score, slots.logits[j]).slope;
+        const ScoreAndSlope<Scalar> of = score_and_slope_of(router.score, slots.logits[j]);
+        slots.values[j] = of.score;
+        slots.logits[j] = of.slope; // in its place
     });
+    renormalize_backward(router, slots);
+    each_slot(router.top_k, [&](int64_t j) { slots.grads[j] = slots.grads[j] * slots.logits[j]; });
 }
 
 // --- losses -------------------------------------------------------------------------------------------------------
@@ -226,7 +230,8 @@ PYROUTE_DEVICE void backward_tokens(const GatingBackwardLaunch &launch, Scalar *
     slots.logits = memory;
     slots.grads = slots.logits + top_k;
     slots.terms = slots.grads + top_k;
-    slots.ids = reinterpret_cast<int32_t *>(slots.terms + top_k);
+    slots.values = slots.terms + top_k;
+    slots.ids = reinterpret_cast<int32_t *>(slots.values + top_k);
     slots.row = memory + slot_arrays * top_k;
     const int64_t warps = blockDim.x / 32;
     for (int64_t token = blockIdx.x * warps + warp_id(); token < args.logits.num_tokens; token += gridDim.x * warps) {

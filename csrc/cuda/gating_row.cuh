@@ -62,6 +62,7 @@ template <class Scalar_> struct MemoryRow {
     PYROUTE_DEVICE Scalar p(int i, int64_t e) const { return parts.of(z(i, e)); }
 
     template <class F> PYROUTE_DEVICE void each(F f) const {
+        PYROUTE_KEEP_LOOP
         for (int64_t e = lane_id(); e < logits.num_experts; e += 32)
             f(0, e);
     }

@@ -108,6 +108,7 @@ def test_sequences_of_any_ids(rng, dtype):
         rng.choice(np.array([info.min, info.max, 3], dtype), 70),
         np.arange(70).astype(dtype),
         rng.integers(0, 9, 70).astype(dtype),
+        rng.integers(info.min, info.max, 70, dtype),  # some of which meet at one place of the table
     ):
         kwargs = {"sequence_ids": ids, "token_mask": mask}
         same(pyroute.balance_loss, z, gating, config, scope="sequence", **kwargs)

@@ -22,6 +22,7 @@
 #define PYROUTE_DYNAMIC_SHARED(name) char *const name = ::emulator::current->block->memory
 
 #define PYROUTE_UNROLL
+#define PYROUTE_KEEP_LOOP
 #define PYROUTE_UNROLL_BY(count)
 
 #define threadIdx (::emulator::current->index)
