@@ -13,7 +13,7 @@
 // where the raster (place_of) keeps them.
 //
 // Needs rows of both matrices to be multiples of 16 bytes long and 16-byte aligned, and scales that fit the blocks of
-// 128 (serves in csrc/cuda/grouped_gemm.cpp). Tails along the contraction, rows and columns are zeros of cp.async.
+// 128 (suits_mma in csrc/cuda/grouped_gemm.cpp). Tails along the contraction, rows and columns are zeros of cp.async.
 #pragma once
 
 #include "cuda/grouped_gemm_fragments.cuh"
