@@ -27,6 +27,10 @@ def test_instructions_of_a_product(name):
     assert (count["QGMMA"], count["HGMMA"]) == ((4, 0) if fp8 else (0, 4))
     assert ("RZ, !UPT" in text) == fp8
     assert count["WARPGROUP"] == 2  # ARRIVE and DEPBAR: none was added to serialise
+    order = [instruction.split(".")[0] for instruction in compiled.instructions(text)]
+    start = order.index("QGMMA" if fp8 else "HGMMA")
+    until = order.index("WARPGROUP", start)  # nobody touches the sums before the wait
+    assert not {"FFMA", "FADD"} & set(order[start:until])
     assert count["UTMALDG"] >= 2
     assert count["SYNCS"] > 0
     assert count["USETMAXREG"] == (0 if "_64" in name else 2)

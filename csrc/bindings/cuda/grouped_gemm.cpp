@@ -1,5 +1,6 @@
 #include "cuda/grouped_gemm.h"
 #include "bindings/cuda/pointers.h"
+#include "cuda/sm90/grouped_gemm.h"
 
 #include <tuple>
 
@@ -79,6 +80,8 @@ void bind_grouped_gemm(py::module_ &module) {
                    grouped_gemm_wgrad(stream_of(device, stream), args, {restarts(a), restarts(grad_out)},
                                       pointer<void>(workspace));
                });
+    // For kernels built with PYROUTE_HANG_TRAP: pinned memory of the host, 32 bytes for each multiprocessor, or 0.
+    module.def("report_hangs_to", [](uintptr_t words) { sm90::report_hangs_to(pointer<uint32_t>(words)); });
 }
 
 } // namespace pyroute::cuda

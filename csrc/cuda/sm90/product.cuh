@@ -158,6 +158,13 @@ template <const ProductShape &S> PYROUTE_DEVICE void load_operands(const Product
         }
 }
 
+// The compiler moves no use of the sums before this: what it knows of a product is that it has written them.
+template <int Sums> PYROUTE_DEVICE void pin_sums(float (&sums)[Sums]) {
+    PYROUTE_UNROLL
+    for (int i = 0; i < Sums; ++i)
+        pin(sums[i]);
+}
+
 // A stage's four products of a warpgroup: 128 bytes of depth.
 template <const ProductShape &S, int Sums>
 PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
@@ -175,6 +182,7 @@ PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedA
     }
     matrix_commit();
     matrix_wait<0>();
+    pin_sums(sums);
 }
 
 template <const ProductShape &S> PYROUTE_DEVICE void release_stage(SharedAddress empty) {

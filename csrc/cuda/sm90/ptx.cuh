@@ -183,7 +183,7 @@ PYROUTE_DEVICE void sync_cluster() {
     asm volatile("trap;");
     __builtin_unreachable();
 }
-// Keeps a value's computation before every word that follows.
+// Nothing: the value is taken to be made here, so its uses stay after the words before this.
 PYROUTE_DEVICE void pin(float &value) { asm volatile("" : "+f"(value)::"memory"); }
 
 // ---- Epilogue.

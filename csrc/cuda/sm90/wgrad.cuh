@@ -95,6 +95,7 @@ PYROUTE_DEVICE void multiply_along_rows(float (&sums)[64], SharedAddress a, Shar
                                   add || k > 0);
     matrix_commit();
     matrix_wait<0>();
+    pin_sums(sums);
 }
 
 // One stage of FP8: its sums are scaled by row and column and added.
