@@ -32,8 +32,9 @@ dev:
 # The GPU that tests/cuda runs the CUDA kernels on: the same sources, compiled for the host (tests/cuda/emulator).
 .PHONY: emulator
 emulator:
-	cmake -S . -B build/emulator -G Ninja -DPYROUTE_EMULATOR=ON --log-level=WARNING
-	cmake --build build/emulator --target cuda_emulated
+	mkdir -p build/emulator
+	flock build/emulator/lock cmake -S . -B build/emulator -G Ninja -DPYROUTE_EMULATOR=ON --log-level=WARNING
+	flock build/emulator/lock cmake --build build/emulator --target cuda_emulated
 
 bench:
 	$(VENV)/bin/pytest benches $(if $(OP),-k $(OP))

@@ -74,6 +74,8 @@ PYROUTE_DEVICE uint32_t atomic_max(uint32_t *to, uint32_t value) { return atomic
 PYROUTE_DEVICE int32_t atomic_compare_swap(int32_t *at, int32_t expected, int32_t desired) {
     return atomicCAS(at, expected, desired);
 }
+// A store that several threads may make, all of the same value.
+template <class T> PYROUTE_DEVICE void store_same(T *to, T value) { *to = value; }
 PYROUTE_DEVICE void fence_device() { __threadfence(); } // what was written before it is seen by every block after it
 
 PYROUTE_DEVICE uint32_t count_bits(uint32_t x) { return static_cast<uint32_t>(__popc(static_cast<int>(x))); }

@@ -199,7 +199,7 @@ PYROUTE_DEVICE void backward_token(const GatingBackwardArgs &args, double z_scal
         for (int64_t i = 0; routed && i < router.top_k; ++i)
             sum += slots.ids[i] == slots.ids[j] ? slots.grads[i] : Scalar(0);
         if (slots.ids[j] >= 0)
-            slots.row[slots.ids[j]] = sum;
+            store_same(slots.row + slots.ids[j], sum);
     });
     sync_warp();
     if (!has_p && (z_scale != 0 || (args.balance.fractions && router.score == Score::softmax)))

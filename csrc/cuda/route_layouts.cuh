@@ -46,7 +46,7 @@ PYROUTE_DEVICE void route_dense_map(const RouteLayoutArgs &args) {
         const int32_t row = args.maps.token_to_row[slot];
         const int64_t expert = row >= 0 ? segment_of(args, row) : args.num_experts;
         if (expert < args.num_experts)
-            dense[slot / top_k * args.num_experts + expert] = 1;
+            store_same(dense + slot / top_k * args.num_experts + expert, uint8_t{1}); // an expert may be chosen twice
     }
 }
 

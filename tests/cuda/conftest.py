@@ -34,3 +34,9 @@ def seed(request, monkeypatch):
     """The order of threads and blocks: ``@pytest.mark.parametrize("seed", ..., indirect=True)``."""
     monkeypatch.setenv("PYROUTE_EMULATOR_SEED", str(request.param))
     return request.param
+
+
+@pytest.fixture
+def races_allowed(monkeypatch):
+    """For input that makes threads collide, offsets that are none: what is written is any of it, in its place."""
+    monkeypatch.setenv("PYROUTE_EMULATOR_RACES", "0")

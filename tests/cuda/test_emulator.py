@@ -38,18 +38,27 @@ def test_a_barrier_separates_writes_from_reads(seed, rng):
     assert np.array_equal(out.reshape(7, 256), np.roll(x.reshape(7, 256), -1, axis=1))
 
 
-def test_a_missing_barrier_shows(rng):
+def test_a_missing_barrier_shows(rng, monkeypatch):
+    """As a race, and with races not looked for as a wrong result."""
+    monkeypatch.setenv("PYROUTE_EMULATOR_RACES", "1")
     x = rng.integers(0, 1 << 31, 256, dtype=np.uint32)
+    out, sentence = run("probe_barrier", x, wrong=1, threads=256)
+    assert re.search(
+        r"probe_barrier: thread \d+ of block 0: race: (reads|writes) bytes in shared memory that thread \d+ of block 0 "
+        r"(wrote|read), and nothing between orders the two, at probes.cu:\d+$",
+        sentence,
+    ), sentence
+    monkeypatch.setenv("PYROUTE_EMULATOR_RACES", "0")
     out, sentence = run("probe_barrier", x, wrong=1, threads=256)
     assert sentence == ""
     assert (out == 0x7F7F7F7F).any()  # a neighbour that had not written yet
 
 
 @SEEDS
-def test_a_thread_that_misses_a_barrier_is_named(seed):
+def test_a_thread_that_misses_a_barrier_is_named(seed, monkeypatch):
+    monkeypatch.setenv("PYROUTE_EMULATOR_RACES", "0")
     _, sentence = run("probe_barrier", np.arange(256), wrong=2, threads=256)
-    assert re.search(r"sync_block", sentence), sentence
-    assert "thread 7" in sentence or "1 of the block's have exited" in sentence
+    assert re.search("thread 7 .*exits, while .* wait at sync_block|1 of the block's have exited", sentence), sentence
 
 
 @SEEDS
@@ -112,6 +121,27 @@ def test_the_last_block_sees_all(seed):
     out, sentence = run("probe_last_block", [0], out=20, blocks=19, threads=64)
     assert sentence == ""
     assert out[0] == 19 * 64 * 63 // 2
+
+
+@SEEDS
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (0, "^$"),
+        (1, "race: .* bytes in shared memory"),
+        (2, "race: .* bytes in shared memory"),
+        (3, "race: .* bytes in shared memory"),
+        (4, "race: .* bytes in shared memory"),
+        (5, "race: .* bytes in global memory that thread [0-9]+ of block [0-9] (wrote|read)"),
+    ],
+)
+def test_races(wrong, words, seed, monkeypatch):
+    monkeypatch.setenv("PYROUTE_EMULATOR_RACES", "1")
+    out, sentence = run("probe_races", [0], out=5 * 64 + 1, blocks=5, threads=64, wrong=wrong)
+    assert re.search(words, sentence), sentence
+    if wrong == 0:
+        t = np.arange(64)
+        assert np.array_equal(out[:-1].reshape(5, 64), np.broadcast_to((t ^ 1) + (t ^ 2) + 65, (5, 64)))
 
 
 def test_memory_that_is_not_there():

@@ -141,6 +141,7 @@ def test_values_of_slots_and_rows():
 
 
 @pytest.mark.parametrize("offsets", [[9, 3, 1, 80, -5, 7], [2**62] * 6, [-(2**63), 5, 5, 3, 0, 2**63 - 1]])
+@pytest.mark.usefixtures("races_allowed")
 def test_nonsense_in_offsets_stays_within_the_arrays(offsets):
     experts = expert_rows()
     case = Case("swiglu", np.float32, 16, bias=np.float32, experts=ExpertRows(np.array(offsets), experts.row_to_token))

@@ -116,6 +116,7 @@ def test_blocks_restart_at_each_expert(counts, cols, block):
 
 @pytest.mark.parametrize("offsets", [[5, 3, 9], [0, -4, 90], [0, 10**12, 3], [-(2**63), 2**63 - 1, 0], [0, 99, 40]])
 @pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.usefixtures("races_allowed")
 def test_nonsense_in_offsets_stays_within_the_arrays(offsets, block):
     """The fixture looks around every array; the guard pages end the process."""
     rng = np.random.default_rng(4)

@@ -33,7 +33,7 @@ void barrier_init(uint32_t address, uint32_t count) {
     const uint32_t offset = offset_of(block, address, "barrier_init");
     if (count == 0 || count > most)
         fail("barrier_init with a count of " + std::to_string(count));
-    if (!block.phase_barriers.emplace(offset, PhaseBarrier{count, count, 0, 0, false, current, {}}).second)
+    if (!block.phase_barriers.emplace(offset, PhaseBarrier{count, count, 0, 0, {}, {}, false, current, {}}).second)
         fail("barrier_init: " + place_of(block, offset) + " is initialised already");
     std::memcpy(block.memory + offset, &mark, 8);
 }
@@ -49,6 +49,7 @@ static void end_phase_if_complete(PhaseBarrier &barrier) {
         return;
     ++barrier.phase;
     barrier.pending = barrier.count;
+    barrier.ended = barrier.arrivals;
     for (Thread *thread : barrier.waiting)
         wake(*thread);
     barrier.waiting.clear();
@@ -61,6 +62,7 @@ void barrier_arrive(Block &block, uint32_t address, int64_t expected_bytes, cons
     if (barrier.pending == 0)
         fail(std::string(word) + ": more than " + std::to_string(barrier.count) + " arrivals in a phase of " +
              place_of(block, offset_of(block, address, word)));
+    release(barrier.arrivals);
     barrier.bytes += expected_bytes;
     --barrier.pending;
     if (barrier.bytes > static_cast<int64_t>(most))
@@ -71,8 +73,9 @@ void barrier_arrive(Block &block, uint32_t address, int64_t expected_bytes, cons
     end_phase_if_complete(barrier);
 }
 
-void barrier_complete(Block &block, uint32_t address, int64_t bytes) {
+void barrier_complete(Block &block, uint32_t address, int64_t bytes, const CopyTime &copy) {
     PhaseBarrier &barrier = find(block, address, "a copy");
+    release_copy(barrier.arrivals, copy);
     if (!barrier.fenced)
         fail("a copy counts at a barrier that was not fenced after its initialisation");
     barrier.bytes -= bytes;
@@ -86,15 +89,20 @@ bool barrier_try_wait(uint32_t address, uint32_t parity) {
     PhaseBarrier &barrier = find(*current->block, address, "barrier_try_wait");
     if (parity > 1)
         fail("barrier_try_wait for the parity " + std::to_string(parity));
-    if ((barrier.phase & 1) != parity)
+    if ((barrier.phase & 1) != parity) {
+        acquire(barrier.ended);
         return true;
+    }
     if (random_below(8) == 0) { // it may give up at any time
         pause("barrier_try_wait");
         return false;
     }
     barrier.waiting.push_back(current);
     wait("barrier_try_wait");
-    return (barrier.phase & 1) != parity;
+    if ((barrier.phase & 1) == parity)
+        return false;
+    acquire(barrier.ended);
+    return true;
 }
 
 std::string barriers_waited_for(const Block &block) {

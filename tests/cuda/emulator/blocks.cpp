@@ -93,11 +93,14 @@ std::unique_ptr<Cluster> new_cluster(const Shape &shape, uint64_t number) {
         block->cluster = cluster.get();
         begin(*block, shape);
     }
+    cluster->number = static_cast<uint32_t>(number);
+    watch_cluster(*cluster);
     cluster->live_threads = shape.cluster * shape.threads;
     return cluster;
 }
 
 void end_cluster(Cluster &cluster) {
+    unwatch_cluster(cluster);
     for (Block *block : cluster.blocks) {
         const std::string name = "block " + std::to_string(block->index.x);
         for (uint32_t where : block->canaries)

@@ -21,6 +21,7 @@ struct Tile {
     const char *from; // of plain bytes
     const Thread *owner;
     bool committed, read;
+    CopyTime time;
     std::vector<char> data;
 
     uint32_t row_bytes() const { return map.box_cols * map.item_bytes; }
@@ -29,7 +30,7 @@ struct Tile {
 
 static std::vector<Tile> under_way;
 
-// cp.async: groups of a thread.
+// Of a thread: groups of cp.async, and when its stores read shared memory.
 struct Copies {
     struct Copy {
         char *to;
@@ -38,7 +39,14 @@ struct Copies {
     };
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
+    std::vector<CopyTime> open_stores, committed_stores;
 };
+
+static Copies &copies_of(Thread &thread) {
+    if (!thread.copies)
+        thread.copies = std::make_shared<Copies>();
+    return *thread.copies;
+}
 
 // Moves a row of the box between the array and `row`; what lies outside the array is zero and is not written.
 template <class Move> static void for_the_part_inside(const Tile &tile, int64_t y, Move &&move) {
@@ -113,7 +121,8 @@ static void land(Tile tile) {
         std::memcpy(shared_pointer(*tile.block, tile.address, tile.rows, "load_bytes"), tile.from, tile.rows);
     else
         write_shared(tile);
-    barrier_complete(*tile.block, tile.barrier, tile.kind == Tile::bytes ? tile.rows : tile.rows * tile.row_bytes());
+    barrier_complete(*tile.block, tile.barrier, tile.kind == Tile::bytes ? tile.rows : tile.rows * tile.row_bytes(),
+                     tile.time);
 }
 
 static Tile take(size_t index) {
@@ -195,9 +204,10 @@ void load_tile(uint32_t to, const void *map, int32_t x, int32_t y, uint32_t barr
             tile.block = &block_of_cluster(rank, "load_tile");
             tile.address = to;
             tile.barrier = barrier;
-            // what was there is lost from now on
-            std::memset(shared_pointer(*tile.block, to, tile.rows * tile.row_bytes(), "load_tile"), poison,
-                        tile.rows * tile.row_bytes());
+            const size_t bytes = size_t{tile.rows} * tile.row_bytes();
+            char *place = shared_pointer(*tile.block, to, bytes, "load_tile");
+            tile.time = watch_load(*tile.block, place, bytes, barrier);
+            std::memset(place, poison, bytes); // what was there is lost from now on
             ask_for(tile);
         }
 }
@@ -212,7 +222,9 @@ void load_bytes(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier)
     tile.address = to;
     tile.barrier = barrier;
     tile.from = static_cast<const char *>(from);
-    std::memset(shared_pointer(to, bytes, "load_bytes"), poison, bytes);
+    char *place = shared_pointer(to, bytes, "load_bytes");
+    tile.time = watch_load(*tile.block, place, bytes, barrier);
+    std::memset(place, poison, bytes);
     under_way.push_back(tile);
 }
 
@@ -232,16 +244,22 @@ void store_tile(const void *map, int32_t x, int32_t y, uint32_t from, bool adds)
     check_address(from, word);
     if (adds && tile.map.item_type != TensorMap::float32)
         fail("add_tile is emulated for float32 only");
-    shared_pointer(from, tile.rows * tile.row_bytes(), word);
+    const size_t bytes = size_t{tile.rows} * tile.row_bytes();
+    copies_of(*current).open_stores.push_back(watch_store(shared_pointer(from, bytes, word), bytes));
     if (random_below(2))
         read_shared(tile);
     under_way.push_back(std::move(tile));
 }
 
+void writes_shared(bool unfenced) { current->wrote_shared = unfenced; }
+
 void commit_stores() {
     for (Tile &tile : under_way)
         if (tile.owner == current)
             tile.committed = true;
+    Copies &mine = copies_of(*current);
+    mine.committed_stores.insert(mine.committed_stores.end(), mine.open_stores.begin(), mine.open_stores.end());
+    mine.open_stores.clear();
 }
 
 void wait_stores(bool until_written) {
@@ -255,19 +273,18 @@ void wait_stores(bool until_written) {
         else
             ++i;
     }
+    Copies &mine = copies_of(*current);
+    for (const CopyTime &time : mine.committed_stores)
+        acquire_copy(time);
+    mine.committed_stores.clear();
     maybe_pause();
-}
-
-static Copies &copies_of(Thread &thread) {
-    if (!thread.copies)
-        thread.copies = std::make_shared<Copies>();
-    return *thread.copies;
 }
 
 void copy_async(void *to, const void *from, uint32_t bytes, bool valid) {
     if (reinterpret_cast<uintptr_t>(to) % bytes || (valid && reinterpret_cast<uintptr_t>(from) % bytes))
         fail("copy_async with an address that is no multiple of its " + std::to_string(bytes) + " bytes");
     shared_address(to);
+    watch(to, bytes, Access::write);
     std::memset(to, poison, bytes);
     copies_of(*current).open.push_back(
         {static_cast<char *>(to), valid ? static_cast<const char *>(from) : nullptr, bytes});
@@ -282,11 +299,15 @@ void end_copies() {
 void wait_copies(uint32_t pending) {
     Copies &copies = copies_of(*current);
     for (; copies.groups.size() > pending; copies.groups.pop_front())
-        for (const Copies::Copy &copy : copies.groups.front())
+        for (const Copies::Copy &copy : copies.groups.front()) {
+            watch(copy.to, copy.bytes, Access::write);
+            if (copy.from)
+                watch(copy.from, copy.bytes, Access::read);
             if (copy.from)
                 std::memcpy(copy.to, copy.from, copy.bytes);
             else
                 std::memset(copy.to, 0, copy.bytes);
+        }
 }
 
 } // namespace emulator

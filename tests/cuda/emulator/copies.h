@@ -20,7 +20,7 @@ std::string barriers_waited_for(const Block &block);
 void barrier_init(uint32_t address, uint32_t count);
 void barrier_init_fence();
 void barrier_arrive(Block &block, uint32_t address, int64_t expected_bytes, const char *word);
-void barrier_complete(Block &block, uint32_t address, int64_t bytes);
+void barrier_complete(Block &block, uint32_t address, int64_t bytes, const CopyTime &copy);
 bool barrier_try_wait(uint32_t address, uint32_t parity);
 
 // Tiles. `map` is a tensor map as the driver made it.
@@ -28,6 +28,7 @@ const TensorMap &checked_map(const void *map, const char *word);
 void load_tile(uint32_t to, const void *map, int32_t x, int32_t y, uint32_t barrier, uint32_t ranks);
 void store_tile(const void *map, int32_t x, int32_t y, uint32_t from, bool adds);
 void load_bytes(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier);
+void writes_shared(bool unfenced); // what copies do not see yet
 void commit_stores();
 void wait_stores(bool until_written);
 

@@ -19,22 +19,35 @@
 
 // The lambda's type is the declaration's own, in every instance of a template.
 #define PYROUTE_SHARED(Type, name) Type &name = ::emulator::shared<Type>([] {})
-#define PYROUTE_DYNAMIC_SHARED(name) char *const name = ::emulator::current->block->memory
+#define PYROUTE_DYNAMIC_SHARED(name) char *const name = ::emulator::dynamic_shared()
 
 #define PYROUTE_UNROLL
 #define PYROUTE_KEEP_LOOP
 #define PYROUTE_UNROLL_BY(count)
 
-#define threadIdx (::emulator::current->index)
-#define blockIdx (::emulator::current->block_index)
-#define blockDim (::emulator::Index3{::emulator::current_shape.threads, 1, 1})
-#define gridDim (::emulator::current_shape.grid)
+#define threadIdx (::emulator::thread_index())
+#define blockIdx (::emulator::block_index())
+#define blockDim (::emulator::Index3{::emulator::current_threads(), 1, 1})
+#define gridDim (::emulator::grid())
 
 namespace emulator {
 
-template <class Type, class Key> Type &shared(Key) {
+// What the machine keeps for itself is not watched.
+EMULATOR_UNWATCHED inline Index3 thread_index() { return current->index; }
+EMULATOR_UNWATCHED inline Index3 block_index() { return current->block_index; }
+EMULATOR_UNWATCHED inline uint32_t current_threads() { return current_shape.threads; }
+EMULATOR_UNWATCHED inline Index3 grid() { return current_shape.grid; }
+EMULATOR_UNWATCHED inline char *dynamic_shared() { return current->block->memory; }
+
+template <class Type, class Key> EMULATOR_UNWATCHED Type &shared(Key) {
     static const uint32_t slot = new_slot();
     return *reinterpret_cast<Type *>(shared_object(slot, sizeof(Type), alignof(Type)));
+}
+
+inline void begin_atomic(const void *place) {
+    maybe_pause();
+    watch(place, 4, Access::atomic);
+    order_blocks(place);
 }
 
 template <class T> T exchange(uint32_t mask, T value, uint32_t source) {
@@ -59,10 +72,10 @@ namespace pyroute::cuda {
 
 constexpr uint32_t all_lanes = 0xffffffffu;
 
-inline uint32_t lane_id() { return emulator::current->lane; }
+inline uint32_t lane_id() { return threadIdx.x & 31; }
 inline uint32_t warp_id() { return threadIdx.x >> 5; }
 
-inline void sync_block() { emulator::sync_named(0, emulator::current_shape.threads, "sync_block"); }
+inline void sync_block() { emulator::sync_named(0, emulator::current_threads(), "sync_block"); }
 inline void sync_warp(uint32_t mask = all_lanes) { emulator::meet(emulator::Collective::sync_warp, mask, 0, 0); }
 
 template <class T> T shuffle(T value, uint32_t source, uint32_t mask = all_lanes) {
@@ -90,8 +103,8 @@ inline uint32_t reduce_add(uint32_t value, uint32_t mask = all_lanes) {
     return static_cast<uint32_t>(emulator::meet(emulator::Collective::reduce_add, mask, value, 0));
 }
 
-inline uint32_t atomic_add(uint32_t *to, uint32_t value) {
-    emulator::maybe_pause();
+EMULATOR_UNWATCHED inline uint32_t atomic_add(uint32_t *to, uint32_t value) {
+    emulator::begin_atomic(to);
     const uint32_t old = *to;
     *to = old + value;
     return old;
@@ -99,19 +112,26 @@ inline uint32_t atomic_add(uint32_t *to, uint32_t value) {
 inline int32_t atomic_add(int32_t *to, int32_t value) {
     return static_cast<int32_t>(atomic_add(reinterpret_cast<uint32_t *>(to), static_cast<uint32_t>(value)));
 }
-inline uint32_t atomic_max(uint32_t *to, uint32_t value) {
-    emulator::maybe_pause();
+EMULATOR_UNWATCHED inline uint32_t atomic_max(uint32_t *to, uint32_t value) {
+    emulator::begin_atomic(to);
     const uint32_t old = *to;
     *to = value > old ? value : old;
     return old;
 }
-inline int32_t atomic_compare_swap(int32_t *at, int32_t expected, int32_t desired) {
-    emulator::maybe_pause();
+EMULATOR_UNWATCHED inline int32_t atomic_compare_swap(int32_t *at, int32_t expected, int32_t desired) {
+    emulator::begin_atomic(at);
     const int32_t old = *at;
     *at = old == expected ? desired : old;
     return old;
 }
-inline void fence_device() { emulator::maybe_pause(); }
+template <class T> EMULATOR_UNWATCHED void store_same(T *to, T value) {
+    emulator::watch(to, sizeof(T), emulator::Access::atomic); // not a race with itself
+    *to = value;
+}
+inline void fence_device() {
+    emulator::fence_blocks();
+    emulator::maybe_pause();
+}
 
 inline uint32_t count_bits(uint32_t x) { return static_cast<uint32_t>(__builtin_popcount(x)); }
 inline uint32_t leading_zeros(uint32_t x) { return x ? static_cast<uint32_t>(__builtin_clz(x)) : 32; }

@@ -237,6 +237,7 @@ void restart() {
 std::string run(const Kernel &kernel, const Shape &shape, const void *args) {
     const std::lock_guard<std::mutex> lock(one_launch);
     seed_launch();
+    watch_launch();
     current_kernel = &kernel;
     machine.args = args;
     machine.failure.clear();

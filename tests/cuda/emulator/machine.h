@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "fibers.h"
+#include "races.h"
 
 namespace emulator {
 
@@ -73,6 +74,7 @@ struct Thread {
     bool wrote_shared;    // since its last fence for copies
     bool copies_see_all;  // what was written before its last barrier
     uint32_t registers;
+    Knowledge knows;
     std::shared_ptr<Products> products; // that it asked for and that are not done
     std::shared_ptr<Copies> copies;
 };
@@ -104,13 +106,17 @@ struct PhaseBarrier {
     uint32_t count, pending; // arrivals: of a phase, still missing
     int64_t bytes;           // still to come
     uint64_t phase;
-    bool fenced; // the cluster and the copy engine see it
+    Times arrivals, ended; // what lies before the end of this phase, of the last one
+    bool fenced;           // the cluster and the copy engine see it
     Thread *owner;
     std::vector<Thread *> waiting;
 };
 
 struct Cluster {
     std::vector<Block *> blocks; // its own
+    uint32_t number = 0;
+    Times engine_times{}, fenced{}; // of copies; before the last fence_device
+    Foreign foreign{};
     uint32_t live_threads = 0;
     NamedBarrier barrier{};
     ~Cluster();
@@ -125,6 +131,7 @@ struct Block {
     std::vector<Thread> threads;
     std::vector<Warp> warps;
     NamedBarrier barriers[16];
+    std::vector<Cell> *cells;
     std::map<uint32_t, PhaseBarrier> phase_barriers; // by offset
     uint32_t free_registers;
     std::vector<Thread *> waiting_for_registers;

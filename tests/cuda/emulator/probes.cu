@@ -121,3 +121,43 @@ PYROUTE_KERNEL(probe_bounds, 32, 1, ProbeArgs) {
     }
     args.out[0] = reinterpret_cast<uintptr_t>(dynamic) % 1024 + static_cast<uint32_t>(dynamic[0]);
 }
+
+// Orders of accesses, right, and with one that is missing.
+PYROUTE_KERNEL(probe_races, 64, 1, ProbeArgs) {
+    using Row = uint32_t[64];
+    using Bytes = uint8_t[64];
+    PYROUTE_SHARED(Row, row);
+    PYROUTE_SHARED(Bytes, bytes);
+    PYROUTE_SHARED(uint32_t, count);
+    const uint32_t t = threadIdx.x;
+    if (t == 0)
+        count = 0;
+    row[t] = t;
+    bytes[t] = static_cast<uint8_t>(t); // neighbours share words
+    if (args.wrong == 1)
+        shuffle(t, 0); // orders nothing
+    else
+        sync_warp();
+    uint32_t sum = row[t ^ 1] + bytes[t ^ 2];
+    if (args.wrong != 2)
+        sync_warp();
+    row[t] = sum;
+    if (args.wrong != 3)
+        sync_block();
+    atomic_add(&count, 1u);
+    if (args.wrong != 4)
+        sync_block();
+    sum += count;
+    // from each block to the next one, by way of a flag that the last thread to come finds
+    uint32_t *flags = args.out + gridDim.x * 64;
+    args.out[blockIdx.x * 64 + t] = sum;
+    sync_block();
+    if (t == 0) {
+        if (args.wrong != 5)
+            fence_device();
+        const uint32_t number = atomic_add(flags, 1u);
+        if (number == gridDim.x - 1)
+            for (uint32_t i = 0; i < gridDim.x * 64; ++i)
+                args.out[i] += 1;
+    }
+}

@@ -127,6 +127,7 @@ void load_matrices(uint32_t (&d)[4], const void *row, bool transposed) {
     if (reinterpret_cast<uintptr_t>(row) % 16)
         fail("load_matrices with an address that is no multiple of 16");
     shared_address(row);
+    watch(row, 16, Access::read);
     const MatrixRows operands{static_cast<const char *>(row), d, transposed};
     meet_all(Collective::load_matrices, &operands, [](Warp &warp) { move_matrices(warp, true); });
 }
@@ -138,6 +139,7 @@ void store_matrices(uint32_t row, const uint32_t (&m)[4]) {
     std::memcpy(words, m, sizeof(words));
     const MatrixRows operands{shared_pointer(row, 16, "store_matrices"), words, false};
     current->wrote_shared = true;
+    watch(operands.row, 16, Access::write);
     meet_all(Collective::store_matrices, &operands, [](Warp &warp) { move_matrices(warp, false); });
 }
 
@@ -235,7 +237,9 @@ struct Operand {
     // 16 bytes at an address before the swizzle.
     const uint8_t *chunk(uint32_t address) const {
         address ^= (address >> 7 & 7) << 4;
-        return reinterpret_cast<const uint8_t *>(shared_pointer(block, address, 16, "a matrix product"));
+        const char *bytes = shared_pointer(block, address, 16, "a matrix product");
+        watch(bytes, 16, Access::read);
+        return reinterpret_cast<const uint8_t *>(bytes);
     }
     // Items [row, k] to to[row * row_step + k * depth_step], of `rows` rows from `first` on.
     void decode_rows(const Products::Product &product, bool of_a, uint32_t first, uint32_t rows, float *to,

@@ -26,11 +26,11 @@ inline void set_shared_f32_pair(SharedAddress to, float x, float y) {
     if (to % 8)
         emulator::fail("set_shared_f32_pair with an address that is no multiple of 8");
     emulated::in_shared<FloatPair>(to, "set_shared_f32_pair") = {x, y};
-    emulator::current->wrote_shared = true;
+    emulator::writes_shared(true);
 }
 inline void set_shared_u32(SharedAddress to, uint32_t value) {
     emulated::in_shared<uint32_t>(to, "set_shared_u32") = value;
-    emulator::current->wrote_shared = true;
+    emulator::writes_shared(true);
 }
 
 inline void barrier_init(SharedAddress barrier, uint32_t count) { emulator::barrier_init(barrier, count); }
@@ -66,7 +66,7 @@ inline void add_tile(const TensorMap *map, int32_t x, int32_t y, SharedAddress f
 inline void commit_stores() { emulator::commit_stores(); }
 inline void wait_stores_read() { emulator::wait_stores(false); }
 inline void wait_stores() { emulator::wait_stores(true); }
-inline void fence_shared_for_copies() { emulator::current->wrote_shared = false; }
+inline void fence_shared_for_copies() { emulator::writes_shared(false); }
 
 inline void sync_threads(uint32_t id, uint32_t threads) { emulator::sync_named(id, threads, "sync_threads"); }
 inline bool elect_lane() { return emulator::meet(emulator::Collective::elect_lane, all_lanes, 0, 0) != 0; }

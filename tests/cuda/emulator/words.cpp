@@ -97,7 +97,9 @@ uint64_t meet(Collective word, uint32_t mask, uint64_t value, uint32_t source) {
         wait(name_of(word));
         return me.result;
     }
-    if (word != Collective::sync_warp)
+    if (word == Collective::sync_warp)
+        join_lanes(warp.threads, mask);
+    else
         for (uint32_t lane = 0; lane < 32; ++lane)
             if (mask >> lane & 1)
                 warp.threads[lane].result = result_of(*meeting, warp, lane);
@@ -114,6 +116,7 @@ void meet_all(Collective word, const void *operands, void (*together)(Warp &warp
         return wait(name_of(word));
     leave(warp, meeting);
     together(warp);
+    join_lanes(warp.threads, 0xffffffffu);
 }
 
 // One thread of `threads`; returns when all have arrived.
@@ -124,6 +127,7 @@ static void arrive_and_wait(NamedBarrier &barrier, uint32_t threads, const char 
     barrier.waiting.push_back(&me);
     if (++barrier.arrived < threads)
         return wait(word);
+    join(barrier.waiting.data(), barrier.waiting.size());
     for (Thread *thread : barrier.waiting) {
         thread->copies_see_all = barrier.fenced;
         if (thread != &me)
