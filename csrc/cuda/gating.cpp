@@ -22,8 +22,8 @@ struct Variant {
     uint32_t threads, blocks_per_sm;
 };
 constexpr Variant variants[] = {
-    {"topk_gating_8x1", 8, 1, 256, 4},     {"topk_gating_8x2", 8, 2, 256, 4},     {"topk_gating_8x4", 8, 4, 256, 4},
-    {"topk_gating_8x8", 8, 8, 256, 4},     {"topk_gating_16x8", 16, 8, 256, 4},   {"topk_gating_32x8", 32, 8, 256, 4},
+    {"topk_gating_8x1", 8, 1, 256, 4},     {"topk_gating_8x2", 8, 2, 256, 4},     {"topk_gating_8x4", 8, 4, 256, 3},
+    {"topk_gating_8x8", 8, 8, 256, 3},     {"topk_gating_16x8", 16, 8, 256, 3},   {"topk_gating_32x8", 32, 8, 256, 4},
     {"topk_gating_32x16", 32, 16, 256, 2}, {"topk_gating_32x32", 32, 32, 128, 2},
 };
 
