@@ -3,6 +3,7 @@
 # make readme the measured tables, from the records
 PYTHON ?= python3
 VENV ?= .venv
+JOBS ?= auto
 .DEFAULT_GOAL := help
 
 help:
@@ -18,7 +19,7 @@ demo: $(VENV)/bin/python
 
 test: $(VENV)/bin/python
 	$(VENV)/bin/pip install --quiet ".[test]"
-	MALLOC_PERTURB_=128 PYROUTE_EMULATOR_REQUIRED=1 $(VENV)/bin/pytest tests
+	MALLOC_PERTURB_=128 PYROUTE_EMULATOR_REQUIRED=1 $(VENV)/bin/pytest tests -n $(JOBS)
 
 # Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra. The CUDA
 # kernels are left to NVRTC, which compiles those that are called; KERNELS=AUTO compiles all of them, by nvcc, minutes.

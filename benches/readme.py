@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 
 import summary
 
-from pyroute.bench.suite import records
 from pyroute.bench.suite.svg_scaling import figure
 from pyroute.bench.terminal import duration
 
 SOURCE, SINCE, ISA, NEXT_ISA, THREADS = "amd-epyc-2-cores-avx512.jsonl", "2026-11-22T04:40", "avx512", "avx2", 2
+ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- written by make readme -->", "<!-- end of what make readme writes -->"
 HEADER = "| work | AVX-512 | AVX2 | of the limit | beside |\n|---|---:|---:|---:|---|"
 NAMES = {"torch bmm float32": "MKL (torch bmm)", "machine read": "reading alone", "numba loops": "numba"}
@@ -85,7 +85,7 @@ ROWS = (
 
 
 def read() -> list[dict[str, Any]]:
-    text = (records.ROOT / "benches/results" / SOURCE).read_text(encoding="utf-8")
+    text = (ROOT / "benches/results" / SOURCE).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     return [line for line in lines if line["date"] >= SINCE]
 
@@ -110,7 +110,7 @@ def table(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 def documents() -> dict[Path, str]:
     """What the files should hold."""
-    lines, readme = read(), records.ROOT / "README.md"
+    lines, readme = read(), ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     _, found, after = rest.partition(END)
@@ -118,12 +118,12 @@ def documents() -> dict[Path, str]:
         raise SystemExit(f"readme.py: README.md must hold the lines {BEGIN} and {END}")
     measured = "\n".join([BEGIN, "", *table(lines), "", END])
     pictures = {
-        records.ROOT / f"docs/images/scaling_{op}.svg": figure(op, [line for line in growth if line["op"] == op])
+        ROOT / f"docs/images/scaling_{op}.svg": figure(op, [line for line in growth if line["op"] == op])
         for growth in [[line for line in summary.latest(lines) if "fit" in line and line["threads"] == THREADS]]
         for op in dict.fromkeys(line["op"] for line in growth)
     }
     results = "\n".join([summary.title(lines), *summary.tables(lines), *summary.scaling(lines)]) + "\n"
-    return {readme: before + measured + after, records.ROOT / "benches/results/README.md": results, **pictures}
+    return {readme: before + measured + after, ROOT / "benches/results/README.md": results, **pictures}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         if not path.exists() or path.read_text(encoding="utf-8") != text
     }
     for path, text in differing.items():
-        name = path.relative_to(records.ROOT)
+        name = path.relative_to(ROOT)
         print(f"{name} differs from the records: make readme" if args.check else f"{name} written")
         if not args.check:
             path.write_text(text, encoding="utf-8")

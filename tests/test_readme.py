@@ -33,6 +33,8 @@ def test_measured_tables_are_those_of_the_records(monkeypatch, capsys):
 def test_records_go_where_the_tables_look():
     from pyroute.bench.suite import records
 
+    if README.parent not in Path(records.__file__).parents or "site-packages" in records.__file__:
+        pytest.skip("an installed package writes where it is run")
     assert records.machine_file().parent == README.parent / "benches/results"
 
 
