@@ -241,15 +241,18 @@ def choose(function: str, backend: str | None, *operands: Array) -> str:
     return backend
 
 
+def check_together(function: str, *operands: Array) -> None:
+    """Raise unless these arrays (None among them is skipped) are of one library and on one device."""
+    if len({_place(x) for x in operands if x is not None}) > 1:
+        together = " and ".join(sorted({_describe_place(x) for x in operands if x is not None}))
+        raise TypeError(f"{function}: arrays must be on one device, got {together} together")
+
+
 def _choose_on_gpu(function: str, backend: str | None, operands: tuple[Array, ...]) -> str:
     """``cuda`` where its kernels serve the arrays' GPU, else ``cupy`` if they are CuPy's."""
+    check_together(function, *operands)
     first = next(x for x in operands if x is not None)
-    device, kind = arrays.device_of(first) if arrays.is_device(first) else -1, type(first)
-    for x in operands:
-        if x is not None and (type(x) is not kind or device < 0 or arrays.device_of(x) != device):
-            together = " and ".join(sorted({_describe_place(x) for x in operands if x is not None}))
-            raise TypeError(f"{function}: arrays must be on one device, got {together} together")
-    is_cupy = kind is not arrays.DeviceArray
+    device, is_cupy = arrays.device_of(first), not isinstance(first, arrays.DeviceArray)
     if backend is not None:
         _check.one_of(function, "backend", backend, (None, *NAMES))
         if backend in ("numpy", "cpu") or (backend == "cupy" and not is_cupy):
@@ -263,9 +266,13 @@ def _choose_on_gpu(function: str, backend: str | None, operands: tuple[Array, ..
     return "cuda"
 
 
+def _place(x: Array) -> tuple[str, int]:
+    """Whose array, and on which GPU; -1 is the host."""
+    if type(x) is np.ndarray or not arrays.is_device(x):
+        return "NumPy arrays", -1
+    return "DeviceArrays" if isinstance(x, arrays.DeviceArray) else "CuPy arrays", arrays.device_of(x)
+
+
 def _describe_place(x: Array) -> str:
-    """Whose array, and on which GPU."""
-    if not arrays.is_device(x):
-        return "NumPy arrays"
-    kind = "DeviceArrays" if isinstance(x, arrays.DeviceArray) else "CuPy arrays"
-    return f"{kind} on GPU {arrays.device_of(x)}"
+    kind, device = _place(x)
+    return kind if device < 0 else f"{kind} on GPU {device}"

@@ -99,8 +99,7 @@ def check_layer(
         raise _check.value_error(function, "quantize_activations", expected, repr(quantize_activations))
     if _check.one_of(function, "quantize_gradients", quantize_gradients, (False, True)) and scale_format is None:
         raise _check.value_error(function, "quantize_gradients", "False without quantize_activations", "True")
-    arrays = [x, topk_idx, topk_weights, b_gate_up, b_down]
-    arrays += [w.codes if isinstance(w, Fp8Array) else w for w in (w_gate_up, w_down)]
+    arrays = [x, topk_idx, topk_weights, *_operand_memory(w_gate_up, w_down, b_gate_up, b_down)]
     chosen = _backend.choose(function, backend, *arrays)
     if topk_weights.dtype != _check.DTYPES["float32"]:
         with np.errstate(over="ignore"):  # float64 weights past float32 are infinite, as in every other rounding
@@ -135,6 +134,7 @@ def check_output(function: str, argument: str, out: Any, layer: Layer, inputs: t
     """A caller's array for y, or for its mirror, the gradient of x."""
     axes = (("num_tokens", layer.x.shape[0]), ("hidden", layer.x.shape[1]))
     _check.output(function, argument, out, layer.x.dtype, axes, *inputs, *_memory(layer))
+    _backend.check_together(function, layer.x, out)
 
 
 def gradient_arrays(
@@ -164,6 +164,7 @@ def gradient_arrays(
         if given is not None:
             axes = tuple((f"axis {i}", extent) for i, extent in enumerate(like.shape))
             _check.output(function, f"out.{name}", given, dtype, axes, *_memory(layer), *inputs, *arrays)
+            _backend.check_together(function, layer.x, given)
         elif accumulate and name not in ("x", "topk_weights"):
             raise _check.value_error(function, f"out.{name}", "an array to accumulate into", "None")
         arrays.append(_backend.empty_beside(layer.x, like.shape, dtype) if given is None else given)
@@ -172,7 +173,11 @@ def gradient_arrays(
 
 def _memory(layer: Layer) -> list[Array]:
     """Every array that a layer reads."""
-    arrays = [layer.x, layer.topk_idx, layer.topk_weights]
-    for w in layer.by_expert:
+    return [layer.x, layer.topk_idx, layer.topk_weights, *_operand_memory(*layer.by_expert)]
+
+
+def _operand_memory(*operands: Operand) -> list[Array]:
+    arrays = []
+    for w in operands:
         arrays += [w.codes, w.scales] if isinstance(w, Fp8Array) else [w]
     return arrays

@@ -69,7 +69,7 @@ def grouped_gemm(
     a = _operand(name, "a", a, (("R", None), ("K", None)))
     b = _operand(name, "b", b, (("E", None), ("N", None), ("K", a.shape[1])))
     offsets = _offsets(name, expert_offsets, a.shape[0], b.shape[0])
-    chosen = _backend.choose(name, backend, *_memory(a), *_memory(b), out)
+    chosen = _backend.choose(name, backend, *_memory(a), *_memory(b), offsets, out)
     _check_segments(name, "a", a, offsets)
     out = _output(name, a, b, given, out_dtype, out, (("R", a.shape[0]), ("N", b.shape[1])))
     match chosen:
@@ -115,7 +115,7 @@ def grouped_gemm_dgrad(
     grad_out = _operand(name, "grad_out", grad_out, (("R", None), ("N", None)))
     b = _operand(name, "b", b, (("E", None), ("N", grad_out.shape[1]), ("K", None)))
     offsets = _offsets(name, expert_offsets, grad_out.shape[0], b.shape[0])
-    chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(b), out)
+    chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(b), offsets, out)
     _check_segments(name, "grad_out", grad_out, offsets)
     out = _output(name, grad_out, b, given, out_dtype, out, (("R", grad_out.shape[0]), ("K", b.shape[2])))
     match chosen:
@@ -173,7 +173,7 @@ def grouped_gemm_wgrad(
         raise _check.value_error(name, "out", "None together with accumulate_into", _check.describe(out))
     accumulate = accumulate_into is not None
     argument, out = ("accumulate_into", accumulate_into) if accumulate else ("out", out)
-    chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(a), out)
+    chosen = _backend.choose(name, backend, *_memory(grad_out), *_memory(a), offsets, out)
     _check_segments(name, "grad_out", grad_out, offsets)
     _check_segments(name, "a", a, offsets)
     axes = (("E", offsets.shape[0] - 1), ("N", grad_out.shape[1]), ("K", a.shape[1]))
@@ -201,7 +201,7 @@ def _operand(function: str, argument: str, x: Any, axes: tuple[_check.Axis, ...]
 
 
 def _memory(x: Operand) -> tuple[Array, ...]:
-    return (x.codes, x.scales) if isinstance(x, Fp8Array) else (x,)
+    return (x.codes, x.scales, x.expert_offsets) if isinstance(x, Fp8Array) else (x,)
 
 
 def _native(x: Operand) -> tuple[Any, ...]:

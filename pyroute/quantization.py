@@ -124,6 +124,7 @@ class Fp8Array:
                 raise _check.value_error("Fp8Array", "codes", "of two axes with expert_offsets", list(codes.shape))
             offsets = _backend.as_array("Fp8Array", "expert_offsets", self.expert_offsets)
             object.__setattr__(self, "expert_offsets", _check.expert_offsets("Fp8Array", offsets, codes.shape[0]))
+        _backend.check_together("Fp8Array", codes, scales, self.expert_offsets)
         expected = _scales_shape(codes.shape, self.block, self.expert_offsets)
         if scales.shape != expected:
             where = f"of shape {list(expected)} for codes {list(codes.shape)} in blocks of {self.block}"

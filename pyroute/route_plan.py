@@ -67,6 +67,7 @@ class RoutePlan:
         for field, dtype, axes in _contract.MAPS:
             array = _backend.as_array("RoutePlan", field, getattr(self, field), (dtype,), axes)
             object.__setattr__(self, field, array)
+        _backend.check_together("RoutePlan", *(getattr(self, field) for field, _, _ in _contract.MAPS))
         _check.integer("RoutePlan", "alignment", self.alignment, 1, MAX_ROWS)
         if _check.has_values(self.row_to_token):
             _contract.check_maps(self)
