@@ -72,9 +72,14 @@ class DeviceArray:
 
     def __getitem__(self, index: int | slice) -> DeviceArray:
         """One or a run of the first axis; shares memory."""
-        start, stop, step = slice(index, index + 1).indices(self.shape[0]) if isinstance(index, int) else (
-            index.indices(self.shape[0])
-        )  # fmt: skip
+        extent = self.shape[0]
+        if isinstance(index, int):
+            if not -extent <= index < extent:  # also how iteration ends
+                raise IndexError(f"DeviceArray: index {index} is out of range for {extent} items")
+            index %= extent
+            start, stop, step = index, index + 1, 1
+        else:
+            start, stop, step = index.indices(extent)
         if step != 1:
             raise ValueError("DeviceArray: a slice has to be contiguous")
         rest = self.shape[1:]

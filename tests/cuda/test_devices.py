@@ -87,3 +87,16 @@ def test_outputs_of_the_moe_layer(elsewhere, rng):
     memory = np.zeros_like(x).view(np.memmap)  # a kind of NumPy's
     pyroute.moe_forward(**arguments, out=memory)
     np.testing.assert_array_equal(memory, pyroute.moe_forward(**arguments))
+
+
+def test_an_index_past_the_end_is_no_memory_behind_it():
+    values = np.arange(24, dtype=np.float32).reshape(3, 2, 4)
+    array, stack = to_device(values), pyroute.quantize_fp8(to_device(values))
+    for index in (-3, -1, 0, 2):
+        np.testing.assert_array_equal(to_host(array[index]), values[index])
+    for index in (-4, 3, 2**40):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for 3 items"):
+            array[index]
+        with pytest.raises(IndexError):
+            stack[index]
+    assert len(list(array)) == len(list(stack)) == 3
