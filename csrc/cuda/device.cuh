@@ -30,8 +30,8 @@
 // PYROUTE_DYNAMIC_SHARED(name) is the launch's dynamic part, a char *, aligned to 1024 bytes.
 #define PYROUTE_SHARED(Type, name) __shared__ Type name
 #define PYROUTE_DYNAMIC_SHARED(name)                                                                                   \
-    extern __shared__ char4 pyroute_dynamic_shared[];                                                                  \
-    char *const name = reinterpret_cast<char *>(pyroute_dynamic_shared)
+    extern __shared__ __align__(1024) char pyroute_dynamic_shared[];                                                   \
+    char *const name = pyroute_dynamic_shared
 
 #define PYROUTE_UNROLL _Pragma("unroll")
 #define PYROUTE_KEEP_LOOP _Pragma("unroll 1") // one that mostly runs once, with a long body
