@@ -18,7 +18,8 @@ using Device = int;        // CUdevice
 using Context = void *;    // CUcontext
 using CuStream = void *;   // CUstream
 using Library = void *;    // CUlibrary
-using Kernel = void *;     // CUkernel, which is taken wherever a CUfunction is
+using Kernel = void *;     // CUkernel, which launches take for a CUfunction
+using Function = void *;   // CUfunction: a kernel in one context
 using Address = uintptr_t; // CUdeviceptr
 
 enum DeviceAttribute : int {
@@ -90,10 +91,11 @@ enum TensorMapFill : int { fill_zero = 0 };
     X(cuLibraryLoadData, (Library * library, const void *image, void *jit_options, void **jit_values,                  \
                           unsigned int num_jit_options, void *options, void **values, unsigned int num_options))       \
     X(cuLibraryGetKernel, (Kernel * kernel, Library library, const char *name))                                        \
+    X(cuKernelGetFunction, (Function * function, Kernel kernel))                                                       \
     X(cuKernelSetAttribute, (int attribute, int value, Kernel kernel, Device device))                                  \
     X(cuLaunchKernelEx, (const LaunchConfig *config, Kernel kernel, void **arguments, void **extra))                   \
     X(cuMemsetD8Async, (Address to, unsigned char value, size_t bytes, CuStream stream))                               \
-    X(cuOccupancyMaxActiveClusters, (int *clusters, Kernel kernel, const LaunchConfig *config))                        \
+    X(cuOccupancyMaxActiveClusters, (int *clusters, Function function, const LaunchConfig *config))                    \
     X(cuTensorMapEncodeTiled,                                                                                          \
       (TensorMap * map, TensorMapType type, uint32_t rank, void *data, const uint64_t *extents,                        \
        const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides, TensorMapInterleave interleave,  \

@@ -221,6 +221,8 @@ Found &find_kernel(const Api &api, const Card &card, int device, const char *roo
     driver::Kernel kernel = nullptr;
     const std::string what = std::string("kernel ") + name + " of " + room;
     check(api, api.cuLibraryGetKernel(&kernel, library, name), what);
+    driver::Function loaded = nullptr; // into this context now, else by the first launch, which may be captured
+    check(api, api.cuKernelGetFunction(&loaded, kernel), what);
     check_arguments(api, kernel, what, args_bytes);
     const std::lock_guard lock(changing);
     if (Found *entry = known(bucket, device, room, name))
@@ -362,8 +364,10 @@ int most_active_clusters(const Stream &stream, const char *room, const char *ker
     allow_shared(api, card, found, shape.shared_bytes);
     const Config config(stream, shape, card.info.capability);
     int clusters = 0;
-    check(api, api.cuOccupancyMaxActiveClusters(&clusters, found.kernel, &config.config),
-          "clusters of kernel " + found.name + " of " + found.room);
+    const std::string what = "clusters of kernel " + found.name + " of " + found.room;
+    driver::Function function = nullptr; // old drivers do not answer for a CUkernel
+    check(api, api.cuKernelGetFunction(&function, found.kernel), what);
+    check(api, api.cuOccupancyMaxActiveClusters(&clusters, function, &config.config), what);
     return clusters;
 }
 
