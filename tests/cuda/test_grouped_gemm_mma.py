@@ -133,10 +133,15 @@ def test_wgrad_is_exact_on_small_integers(pair, rng):
 
 
 def within(got, expected, mantissa_bits):
-    """``2**-14`` of the magnitude, which is what FP8 products on a GPU may lose, and half an ULP of the output."""
+    """``2**-14`` of the magnitude and half an ULP of the output.
+
+    Real products of FP8 codes keep 14 bits of the largest term and cut off the others' there: 128 terms of one sign
+    lose ``2**-9`` of the magnitude in a model of that, and ``2**-7`` is allowed.
+    """
     product, magnitude = expected
     error = np.abs(to_host(got).astype(np.float64) - product)
-    assert (error <= 2.0**-14 * magnitude + np.abs(product) * 2.0 ** -(mantissa_bits + 1)).all()
+    lost = 2.0**-7 if emulated.REAL else 2.0**-14
+    assert (error <= lost * magnitude + np.abs(product) * 2.0 ** -(mantissa_bits + 1)).all()
 
 
 @on_cards(GRADIENT_PAIRS)
