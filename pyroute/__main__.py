@@ -10,7 +10,8 @@ import argparse
 import math
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 from . import __version__, presets, set_num_threads
 from .bench.suite import options
@@ -108,47 +109,50 @@ def build_parser() -> Parser:
     return parser
 
 
-def run_info(args: argparse.Namespace) -> int:
-    from .bench import info, terminal
+def deliver(
+    args: argparse.Namespace, make: Callable[[], dict[str, Any]], show: Callable[[Any, dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Make a report, write it where ``--json`` says, and show it unless standard output is for the JSON."""
+    from .bench import terminal
 
-    console = None if args.json == "-" else terminal.report_console()
-    facts = info.collect(with_limits=args.limits)
+    console = None if args.json == "-" else terminal.report_console()  # raises before anything is measured
+    if getattr(args, "threads", None):
+        set_num_threads(args.threads)
+    report = make()
     if args.json:
-        terminal.write_json(facts, args.json)
+        terminal.write_json(report, args.json)
     if console:
-        info.show(console, facts)
+        show(console, report)
+    return report
+
+
+def run_info(args: argparse.Namespace) -> int:
+    from .bench import info
+
+    deliver(args, lambda: info.collect(with_limits=args.limits), info.show)
     return 0
 
 
 def run_demo(args: argparse.Namespace) -> int:
     from .bench import demo, demo_report, terminal
 
-    console = None if args.json == "-" else terminal.report_console()
-    if args.threads:
-        set_num_threads(args.threads)
-    options = demo.Options(args.model, args.tokens, args.full_size, args.seed, args.backend)
-    with terminal.progress(demo.NUM_STEPS) as step:
-        report = demo.run(options, step)
-    if args.json:
-        terminal.write_json(report, args.json)
-    if console:
-        demo_report.show(console, report)
+    def make() -> dict[str, Any]:
+        options = demo.Options(args.model, args.tokens, args.full_size, args.seed, args.backend)
+        with terminal.progress(demo.NUM_STEPS) as step:
+            return demo.run(options, step)
+
+    deliver(args, make, demo_report.show)
     return 0
 
 
 def run_check(args: argparse.Namespace) -> int:
     from .bench import check, terminal
 
-    console = None if args.json == "-" else terminal.report_console()
-    if args.threads:
-        set_num_threads(args.threads)
-    with terminal.progress(check.NUM_CASES) as step:
-        report = check.run(args.seed, step)
-    if args.json:
-        terminal.write_json(report, args.json)
-    if console:
-        check.show(console, report)
-    return 0 if report["passed"] else 1
+    def make() -> dict[str, Any]:
+        with terminal.progress(check.NUM_CASES) as step:
+            return check.run(args.seed, step)
+
+    return 0 if deliver(args, make, check.show)["passed"] else 1
 
 
 def run_bench(args: argparse.Namespace) -> int:
@@ -174,31 +178,25 @@ def run_gpu_bench(args: argparse.Namespace) -> int:
 def run_cost(args: argparse.Namespace) -> int:
     from .bench import cost, terminal
 
-    console = None if args.json == "-" else terminal.report_console()
-    if args.threads:
-        set_num_threads(args.threads)
-    known = {"tokens": args.training_tokens, "price": args.price, "sequence": args.sequence, "rate": args.rate}
-    cost.sizes_of(args.model)
-    with terminal.progress(0 if args.no_measure else cost.NUM_STEPS) as step:
-        measured = {} if args.no_measure else cost.measure_rates(args.model, step)
-    report = cost.estimate(args.model, **known, measured=measured)
-    if args.json:
-        terminal.write_json(report, args.json)
-    if console:
-        cost.show(console, report)
+    def make() -> dict[str, Any]:
+        known = {"tokens": args.training_tokens, "price": args.price, "sequence": args.sequence, "rate": args.rate}
+        cost.sizes_of(args.model)
+        with terminal.progress(0 if args.no_measure else cost.NUM_STEPS) as step:
+            measured = {} if args.no_measure else cost.measure_rates(args.model, step)
+        return cost.estimate(args.model, **known, measured=measured)
+
+    deliver(args, make, cost.show)
     return 0
 
 
 def run_placement(args: argparse.Namespace) -> int:
-    from .bench import placement_report, terminal
+    from .bench import placement_report
 
-    console = None if args.json == "-" else terminal.report_console()
-    sizes = {"num_slots": args.slots, "num_nodes": args.nodes, "num_groups": args.groups}
-    report = placement_report.make(placement_report.read_trace(args.trace), args.devices, **sizes)
-    if args.json:
-        terminal.write_json(report, args.json)
-    if console:
-        placement_report.show(console, report)
+    def make() -> dict[str, Any]:
+        sizes = {"num_slots": args.slots, "num_nodes": args.nodes, "num_groups": args.groups}
+        return placement_report.make(placement_report.read_trace(args.trace), args.devices, **sizes)
+
+    deliver(args, make, placement_report.show)
     return 0
 
 

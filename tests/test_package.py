@@ -186,9 +186,9 @@ def test_the_kernels_sources_are_there_with_all_that_they_include():
     csrc = images._sources()
     sources = sorted((csrc / "cuda").rglob("*.cu"))
     assert {path.stem for path in sources} >= {"permutation", "gating", "grouped_gemm"}
-    seen, todo = set(), list(sources)
-    while todo:
-        path = todo.pop()
+    seen, unread = set(), list(sources)
+    while unread:
+        path = unread.pop()
         seen.add(path)
         for name in re.findall(r'#include [<"](.*?)[>"]', path.read_text()):
             if name.startswith("emulator/"):
@@ -197,4 +197,4 @@ def test_the_kernels_sources_are_there_with_all_that_they_include():
             found = next((place.resolve() for place in places if place.is_file()), None)
             assert found is not None, f"{path.name} includes {name}"
             if found not in seen:
-                todo.append(found)
+                unread.append(found)

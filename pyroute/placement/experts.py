@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .. import _check
-from . import _packing
+from . import _moves, _packing
 from .loads import as_loads
 
 Array = Any
@@ -161,11 +161,11 @@ def place_experts(
         _fits(function, previous, (len(x), S), D, E)
     if max_moves is not None and previous is not None:
         slots = previous.slot_to_expert.copy()
-        _packing.improve_within(x, slots, D, min(max_moves, 2 * S))
+        _moves.improve_within(x, slots, D, min(max_moves, 2 * S))
         return Placement(slots, D, E)
     slots = _on_nodes(x, D, S, N, G) if N > 1 else _packed(x, D, S)
     if previous is not None:
-        _packing.keep_places(previous.slot_to_expert, slots, D)
+        _moves.keep_places(previous.slot_to_expert, slots, D)
     return Placement(slots, D, E)
 
 
