@@ -6,6 +6,7 @@ from .checkpoints import Experts, expert_layers, load_experts, save_experts
 from .gating import Gating, topk_gating, topk_gating_backward
 from .gating_expert_choice import ExpertChoice, expert_choice_gating
 from .gating_losses import balance_loss, update_bias, z_loss
+from .gating_quantile import bias_from_histogram, bias_histogram, quantile_bias
 from .grouped_gemm import grouped_gemm, grouped_gemm_dgrad, grouped_gemm_wgrad
 from .memory import CacheInfo, cache_info, empty_cache, set_cache_limit
 from .moe import MoeSaved, moe_backward, moe_forward
@@ -37,6 +38,8 @@ __all__ = [
     "__version__",
     "backends",
     "balance_loss",
+    "bias_from_histogram",
+    "bias_histogram",
     "cache_info",
     "dequantize_fp8",
     "empty_cache",
@@ -54,6 +57,7 @@ __all__ = [
     "permute_quantize",
     "plan_routes",
     "presets",
+    "quantile_bias",
     "quantize_fp8",
     "save_experts",
     "set_cache_limit",

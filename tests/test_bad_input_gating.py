@@ -56,6 +56,18 @@ def router():
     return {"num_experts": 12, "top_k": 4}
 
 
+def quantiles():
+    return {**forward(), "bias": np.zeros(E, np.float32)}
+
+
+def counted():
+    return {**quantiles(), "bounds": (-1.0, 1.0), "num_bins": 5}
+
+
+def histogram():
+    return {"histogram": np.ones((E, 5), np.int64), "bounds": (-1.0, 1.0), "top_k": K}
+
+
 def bias_rule():
     return {"bias": np.zeros(E, np.float32), "tokens_per_expert": np.arange(E)}
 
@@ -139,6 +151,32 @@ BIAS_RULE = [
     Case("negative load", {"tokens_per_expert": np.arange(E) - 1}, ValueError, "tokens_per_expert must be at least 0"),
     Case("load of 2**63", {"tokens_per_expert": np.full(E, 2**63, np.uint64)}, ValueError, "tokens_per_expert must be"),
 ]
+QUANTILES = [
+    *wrong_arrays("bias", (E,), ("float32",), "x"),
+    Case("a bias of NaN", {"bias": np.full(E, np.nan, np.float32)}, ValueError, "bias must be finite, got NaN"),
+    Case("groups", {"config": RouterConfig(E, K, num_groups=3, topk_groups=2)}, ValueError, "config must be a router"),
+    Case(
+        "all experts", {"config": RouterConfig(E, E)}, ValueError, "config must be a router without groups that leaves"
+    ),
+]
+BOUNDS = [
+    *(
+        Case(f"bounds are {name}", {"bounds": x}, TypeError, "bounds must be a pair of numbers, got")
+        for name, x in {"None": None, "one": (1.0,), "an array": np.zeros(2), "a string": "ab"}.items()
+    ),
+    Case("bounds of strings", {"bounds": ("a", "b")}, TypeError, "bounds[0] must be a number"),
+    Case("bounds of NaN", {"bounds": (0.0, np.nan)}, ValueError, "bounds[1] must be finite"),
+    Case("bounds that meet", {"bounds": (1.0, 1.0)}, ValueError, "bounds must be a lower number and a higher one"),
+    Case("bounds that meet in float32", {"bounds": (1.0, 1.0 + 1e-12)}, ValueError, "bounds must be a lower number"),
+]
+HISTOGRAM = [
+    *wrong_arrays("histogram", (E, 5), INTEGERS, ".."),
+    Case("negative counts", {"histogram": np.full((E, 5), -1)}, ValueError, "histogram must be counts"),
+    Case("no tokens", {"histogram": np.zeros((E, 5), int)}, ValueError, "histogram must be counts of at least one"),
+    Case("no bins", {"histogram": np.zeros((E, 0), int)}, ValueError, "histogram must be of two experts and one bin"),
+    *wrong_integers("top_k", 1, E - 1),
+]
+BINS = wrong_integers("num_bins", 1, 2**20)
 CAPACITY = wrong_integers("capacity", 0, 2**31 - 1)
 WITHOUT_EXPERTS = [case for case in LOGITS if "axis 1" not in case.name]
 
@@ -152,6 +190,8 @@ WITHOUT_EXPERTS = [case for case in LOGITS if "axis 1" not in case.name]
         (pyroute.balance_loss, loss, LOGITS + CONFIGS + OTHER_CONFIG + MASK + GATING + scopes("scope")),
         (pyroute.z_loss, lambda: {"logits": logits()}, WITHOUT_EXPERTS + MASK),
         (pyroute.update_bias, bias_rule, BIAS_RULE),
+        (pyroute.quantile_bias, quantiles, LOGITS + CONFIGS + OTHER_CONFIG + MASK + QUANTILES),
+        (pyroute.bias_histogram, counted, LOGITS + CONFIGS + MASK + QUANTILES + BOUNDS + BINS),
         (pyroute.expert_choice_gating, choice, WITHOUT_EXPERTS + MASK + CAPACITY),
     ),
 )
@@ -167,10 +207,19 @@ def test_refused(backend, function, legal, case):
         (pyroute.balance_loss, loss, wrong_backends()),
         (pyroute.z_loss, lambda: {"logits": logits()}, wrong_backends()),
         (pyroute.update_bias, bias_rule, wrong_backends()),
+        (pyroute.quantile_bias, quantiles, wrong_backends()),
+        (pyroute.bias_histogram, counted, wrong_backends()),
         (pyroute.expert_choice_gating, choice, wrong_backends()),
     ),
 )
 def test_backend_refused(function, legal, case):
+    assert_refused(function, legal(), case)
+
+
+@pytest.mark.parametrize(
+    ("function", "legal", "case"), table((pyroute.bias_from_histogram, histogram, HISTOGRAM + BOUNDS))
+)
+def test_histogram_refused(function, legal, case):
     assert_refused(function, legal(), case)
 
 

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("pyroute.placement._packing", reason="needs the compiled extension")
+pytest.importorskip("pyroute.placement", reason="needs the compiled extension", exc_type=ImportError)
 from pyroute.placement import LoadAverage, Placement, load_metrics, place_experts
 
 

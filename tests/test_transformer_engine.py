@@ -382,9 +382,54 @@ def test_bad_input_is_one_sentence(function, given, words):
     assert "\n" not in str(caught.value)
 
 
-def test_quantile_balancing_is_refused():
-    with pytest.raises(ValueError, match="quantile balancing is not served"):
-        call(torch.zeros(2, 8), False, None, None, "sigmoid", torch.zeros(8), qb_histogram=torch.zeros(8, 4))
+@pytest.mark.parametrize("mode", ["two_kernel", "fused_atomic"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantile_balancing_adds_to_the_histogram(mode, dtype):
+    """By the definition of its kernel: floor((cutoff - score - lower) * bins / (upper - lower)), kept inside."""
+    z, bias = torch.randn(50, 16).to(dtype), 0.1 * torch.randn(16)
+    bounds, before = (
+        torch.tensor([bias.min() - 0.5, bias.max() + 0.5]),
+        torch.randint(0, 9, (16, 20), dtype=torch.int32),
+    )
+    s = z.float().sigmoid()
+    needed = (s + bias).topk(5).values[:, 4:] - s
+    bins = ((needed - bounds[0]) * (20 / (bounds[1] - bounds[0]))).floor().long().clamp(0, 19)
+    expected = before + torch.nn.functional.one_hot(bins, 20).sum(0).int()
+    quantiles = {"qb_histogram": before.clone(), "qb_bin_bounds": bounds, "qb_histogram_mode": mode}
+    got = te.fused_topk_with_score_function(z, 4, False, None, None, 2.5, "sigmoid", bias, **quantiles)
+    without = te.fused_topk_with_score_function(z, 4, False, None, None, 2.5, "sigmoid", bias)
+    assert all(torch.equal(a, b) for a, b in zip(got, without, strict=True))
+    assert (quantiles["qb_histogram"] - expected).abs().sum() <= 2  # PyTorch's sigmoid may round across a bin's bound
+    assert (quantiles["qb_histogram"].sum(1) == before.sum(1) + 50).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"qb_histogram_mode": None}, "qb_histogram_mode must be one of 'two_kernel', 'fused_atomic', got None"),
+        ({"qb_histogram": None}, "qb_histogram must be int32"),
+        ({"qb_histogram": torch.zeros(7, 4, dtype=torch.int32)}, "qb_histogram must be int32"),
+        ({"qb_histogram": torch.zeros(8, 4)}, "qb_histogram must be int32"),
+        ({"qb_bin_bounds": None}, "qb_bin_bounds must be float32"),
+        ({"qb_bin_bounds": torch.tensor([1.0, -1.0])}, "bounds must be a lower number and a higher one"),
+        (
+            {"score_function": "softmax", "use_pre_softmax": True},
+            "qb_histogram must be given with score_function 'sigm",
+        ),
+        ({"expert_bias": None}, "qb_histogram must be given with score_function 'sigmoid', an expert_bias"),
+        ({"num_groups": 4, "group_topk": 2}, "no groups"),
+    ],
+)
+def test_quantile_balancing_refused(change, words):
+    given = {
+        "logits": torch.zeros(2, 8), "topk": 2, "use_pre_softmax": False, "num_groups": None, "group_topk": None,
+        "scaling_factor": None, "score_function": "sigmoid", "expert_bias": torch.zeros(8),
+        "qb_histogram": torch.zeros(8, 4, dtype=torch.int32), "qb_bin_bounds": torch.tensor([-1.0, 1.0]),
+        "qb_histogram_mode": "two_kernel", **change,
+    }  # fmt: skip
+    with pytest.raises((ValueError, TypeError), match=words) as caught:
+        te.fused_topk_with_score_function(**given)
+    assert "\n" not in str(caught.value)
 
 
 # --- a stand-in for the package, whose extension needs CUDA to be imported --------------------------------------------

@@ -92,8 +92,8 @@ class TopKRouter(router.TopKRouter):
 
     The configuration, parameters, buffers, losses, their scale and the bias update are Megatron's. The product is
     float32 (float64 with ``moe_router_dtype="fp64"``), rounded once to the router's type; scores and choice are
-    float32 whatever that type, so that experts do not tie in bfloat16. Sinkhorn routing and routing replay are
-    Megatron's own, said in a warning.
+    float32 whatever that type, so that experts do not tie in bfloat16. Sinkhorn routing, quantile balancing and
+    routing replay are Megatron's own, said in a warning.
     """
 
     def __init__(self, config: Any, pg_collection: Any = None, **options: Any) -> None:
@@ -189,6 +189,11 @@ def _unserved(config: Any) -> tuple[str, str] | None:
     """A setting of the router that stays Megatron's, and why."""
     if config.moe_router_load_balancing_type == "sinkhorn":
         return "moe_router_load_balancing_type='sinkhorn'", "it chooses by iteration over the whole batch"
+    if config.moe_router_load_balancing_type == "quantile_balancing":
+        return (
+            "moe_router_load_balancing_type='quantile_balancing'",
+            "its bias moves logits, in buffers of Megatron's own",
+        )
     if getattr(config, "moe_enable_routing_replay", False):
         return "moe_enable_routing_replay", "its records hold the choices of Megatron's own function"
     return None

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from ..router_config import Score
+from ..gating_quantile import bias_histogram
+from ..router_config import RouterConfig, Score
 from ._stack import Bindings, gate, rule_text, warn_if_untested, where_on_cpu
 from .transformer_engine_permutation import (
     moe_permute,
@@ -100,8 +101,12 @@ def fused_topk_with_score_function(
     routing_map_format : {"bytemap", "bitmap_u8"} or its number
     topk_indices : integer [num_tokens, topk], optional
         Receives the ids, and is returned in place of the routing map.
-    qb_histogram, qb_bin_bounds, qb_histogram_mode : None
-        Quantile balancing is not served.
+    qb_histogram : int32 [num_experts, num_bins], optional
+        Quantile balancing, with "sigmoid", a bias and no groups; :func:`pyroute.bias_histogram`'s counts are added.
+    qb_bin_bounds : float32 [2]
+        Lowest and highest bound of the bins.
+    qb_histogram_mode : {"two_kernel", "fused_atomic"}
+        Two ways of TransformerEngine's to the same counts.
 
     Returns
     -------
@@ -113,13 +118,13 @@ def fused_topk_with_score_function(
     Ties go to the lower expert id and NaN ranks last, as everywhere in pyroute.
     """
     function = "fused_topk_with_score_function"
-    if qb_histogram is not None or qb_bin_bounds is not None or qb_histogram_mode is not None:
-        expected = "None, since quantile balancing is not served"
-        raise _check.value_error(function, "qb_histogram", expected, "a histogram")
     _check.one_of(function, "score_function", score_function, ("softmax", "sigmoid", "sqrtsoftplus"))
     map_format = _map_format(function, routing_map_format)
     z = logits.reshape(-1, logits.shape[-1])
     rule = _Rule(topk, score_function, use_pre_softmax, num_groups or 1, group_topk or 0, scaling_factor or 1.0)  # type: ignore[arg-type]
+    if qb_histogram is not None or qb_bin_bounds is not None or qb_histogram_mode is not None:
+        _check.one_of(function, "qb_histogram_mode", qb_histogram_mode, ("two_kernel", "fused_atomic"))
+        _add_needed_biases(function, z, rule, expert_bias, qb_histogram, qb_bin_bounds)
     ids, weights = _choose(z, rule, expert_bias)
     probs = z.new_zeros(z.shape).scatter(1, ids, weights.to(z.dtype)).reshape(logits.shape)
     if topk_indices is not None:
@@ -199,6 +204,26 @@ def _groups(rule: _Rule) -> dict[str, Any]:
     if not rule.group_topk:
         return {}
     return {"num_groups": rule.num_groups, "topk_groups": rule.group_topk, "group_score": "topn_sum"}
+
+
+def _add_needed_biases(
+    function: str, z: Tensor, rule: _Rule, bias: Tensor | None, histogram: Tensor | None, bounds: Tensor | None
+) -> None:
+    """Quantile balancing's counts, added to the caller's histogram."""
+    if rule.score != "sigmoid" or bias is None or rule.group_topk:
+        expected = "given with score_function 'sigmoid', an expert_bias and no groups"
+        got = f"'{rule.score}', {'no' if bias is None else 'a'} bias, group_topk {rule.group_topk}"
+        raise _check.value_error(function, "qb_histogram", expected, got)
+    if histogram is None or histogram.dtype != torch.int32 or histogram.ndim != 2 or len(histogram) != z.shape[1]:
+        expected = f"int32 [num_experts={z.shape[1]}, num_bins]"
+        raise _check.type_error(function, "qb_histogram", expected, _check.describe(histogram))
+    if bounds is None or bounds.shape != (2,):
+        raise _check.type_error(function, "qb_bin_bounds", "float32 [2]", _check.describe(bounds))
+    wide = torch.float64 if z.dtype == torch.float64 else torch.float32
+    logits, keys = (t.detach().to(wide).numpy() for t in (z, bias))
+    config = RouterConfig(z.shape[1], rule.topk, "sigmoid")
+    counts = bias_histogram(logits, config, keys, tuple(bounds.tolist()), histogram.shape[1])
+    histogram += torch.from_numpy(counts).to(torch.int32)
 
 
 def _choose(z: Tensor, rule: _Rule, bias: Tensor | None) -> tuple[Tensor, Tensor]:

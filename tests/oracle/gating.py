@@ -153,3 +153,22 @@ def expert_choice(z, capacity, mask):
         idx[e, : len(order)] = order
         w[e, : len(order)] = p[order, e]
     return idx, w
+
+
+def needed_bias(z, rule, bias, mask):
+    """By token that counts: the largest key that was not chosen, less every score."""
+    rows = []
+    for t in np.flatnonzero(mask):
+        s = scores(z[t], rule["score"])
+        if np.isfinite(s).all():
+            rows.append(sorted(s + bias)[-rule["top_k"] - 1] - s)
+    return np.array(rows).reshape(-1, rule["num_experts"])
+
+
+def quantile_bias(z, rule, bias, mask):
+    """Of every expert the value with tokens * top_k / num_experts (rounded down) below it; then mean 0."""
+    needed = needed_bias(z, rule, bias, mask)
+    if len(needed) == 0:
+        return bias
+    found = np.sort(needed, axis=0)[len(needed) * rule["top_k"] // rule["num_experts"]]
+    return found - found.mean()
