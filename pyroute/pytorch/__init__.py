@@ -2,6 +2,7 @@
 
 from ._fp8_weights import forget_fp8_weights
 from .checkpoints import Fp8Experts, load_experts
+from .expert_parallel import ExpertParallel
 from .experts import GroupedExperts, MoELayer, SharedExpert, set_precision
 from .gating import OPS_TO_SAVE, balance_loss, topk_gating, z_loss
 from .grouped_gemm import grouped_gemm
@@ -13,6 +14,7 @@ from .router_logits import router_logits
 
 __all__ = [
     "OPS_TO_SAVE",
+    "ExpertParallel",
     "Fp8Experts",
     "Fp8Tensor",
     "GroupedExperts",

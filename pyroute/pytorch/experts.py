@@ -40,6 +40,9 @@ class GroupedExperts(nn.Module):
     gate_up_proj_bias, down_proj_bias
     """
 
+    takes_shared = False  # whether forward adds a shared expert's result itself
+    _fewest_experts = 1
+
     def __init__(
         self, num_experts: int, hidden_size: int, intermediate_size: int, *, activation: Activation = "swiglu",
         limit: float | None = None, alpha: float | None = None, weight_on: WeightOn = "output", bias: bool = False,
@@ -48,7 +51,7 @@ class GroupedExperts(nn.Module):
         super().__init__()
         sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
         for name, size in sizes.items():
-            _check.integer(type(self).__name__, name, size, 1)
+            _check.integer(type(self).__name__, name, size, self._fewest_experts if name == "num_experts" else 1)
         _check.one_of(type(self).__name__, "weight_on", weight_on, ("output", "pre_down", "input"))
         self.hidden_size, self.intermediate_size = hidden_size, intermediate_size
         self.activation, self.limit, self.alpha, self.weight_on = activation, limit, alpha, weight_on
@@ -163,7 +166,11 @@ class MoELayer(nn.Module):
         """``x`` [..., hidden_size] to the same shape; the arguments are :meth:`TopKRouter.forward`'s."""
         routing = self.router(x, topk_idx=topk_idx, token_mask=token_mask, sequence_ids=sequence_ids)
         tokens = x.reshape(-1, x.shape[-1])
-        y = self.experts(tokens, routing.topk_idx, routing.topk_weights)
-        if self.shared is not None:
-            y = y + self.shared(tokens)
+        given = (tokens, routing.topk_idx, routing.topk_weights)
+        if self.shared is None:
+            y = self.experts(*given)
+        elif getattr(self.experts, "takes_shared", False):
+            y = self.experts(*given, self.shared)
+        else:
+            y = self.experts(*given) + self.shared(tokens)
         return y.reshape(x.shape)

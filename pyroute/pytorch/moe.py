@@ -72,7 +72,7 @@ def moe_forward(
         raise _check.value_error("moe_forward", "quantize_activations", f"False with precision '{precision}'", "True")
     options = (block, down_block, activation, limit, alpha, weight_on, quantize_activations, precision or "")
     if goes_direct(*tensors):
-        return _moe_kernel(*tensors, *options)
+        return moe_kernel(*tensors, *options)
     check_tensors("moe_forward", "x", **dict(zip(_NAMES, tensors, strict=True)))
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _moe_forward_saved(*tensors, *options)[0]
@@ -126,7 +126,7 @@ def _forward(args: tuple[Any, ...], return_saved: bool) -> Any:
     )  # fmt: skip
 
 
-def _moe_kernel(*args: Any) -> Tensor:
+def moe_kernel(*args: Any) -> Tensor:
     return tensor(_forward(args, False))
 
 
@@ -135,7 +135,7 @@ def _moe_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _saved_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+def saved_kernel(*args: Any) -> tuple[Tensor, Tensor]:
     y, saved = _forward(args, True)
     gate_up, slots = saved.gate_up, args[1].numel()
     if gate_up.shape[0] < slots:  # slots that are not routed have no row: the static shape has one for each
@@ -166,7 +166,7 @@ def _grad(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     return tuple(result)
 
 
-def _backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
     function = "moe_backward"
     wanted = args[-1].split(",")
     _, _, activation, limit, alpha, weight_on, _, precision = args[9:-1]
@@ -204,13 +204,13 @@ _ARGUMENTS = (
 _moe_backward = define(
     f"moe_backward(Tensor grad_y, Tensor gate_up, {_ARGUMENTS}, str wanted) -> (Tensor x, Tensor topk_weights, "
     "Tensor w_gate_up, Tensor w_down, Tensor b_gate_up, Tensor b_down)",
-    _backward_kernel,
+    backward_kernel,
     _backward_fake,
 )
-_moe_forward = define(f"moe_forward({_ARGUMENTS}) -> Tensor", _moe_kernel, _moe_fake, autocast=_autocast)
+_moe_forward = define(f"moe_forward({_ARGUMENTS}) -> Tensor", moe_kernel, _moe_fake, autocast=_autocast)
 _moe_forward_saved = define(
     f"moe_forward_saved({_ARGUMENTS}) -> (Tensor y, Tensor gate_up)",
-    _saved_kernel,
+    saved_kernel,
     _saved_fake,
     backward=_grad,
     save=_save,

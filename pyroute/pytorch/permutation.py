@@ -180,7 +180,7 @@ def _unpermute_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_rows, None, None, grad_weights.to(weights.dtype)
 
 
-def _unpermute_backward_kernel(
+def unpermute_backward_kernel(
     grad_y: Tensor, rows: Tensor, row_to_token: Tensor, token_to_row: Tensor, topk_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     function = "unpermute_backward"
@@ -207,7 +207,7 @@ _permute = define(
 _unpermute_backward = define(
     "unpermute_backward(Tensor grad_y, Tensor rows, Tensor row_to_token, Tensor token_to_row, Tensor topk_weights) "
     "-> (Tensor grad_rows, Tensor grad_topk_weights)",
-    _unpermute_backward_kernel,
+    unpermute_backward_kernel,
     _unpermute_backward_fake,
 )
 _unpermute = define(

@@ -1,0 +1,88 @@
+"""Which rank is lost when a collective fails.
+
+The error of a collective says that a connection closed, not whose. So every rank whose collective failed writes so into
+the group's store, and waits a little for the others to do the same: who never writes is lost. The first to know writes
+that down too, for those who notice later, and the rank that keeps the store stays until they have read it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+_PATIENCE = 5.0  # seconds that a rank may notice later than the first one; less where the group's timeout is short
+_POLL = 0.02
+
+
+class FailureReport:
+    """Finds the lost ranks of one group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        from torch.distributed import distributed_c10d
+
+        self._store: Any = distributed_c10d._get_process_group_store(group)
+        self._global_ranks = dist.get_process_group_ranks(group)
+        self._rank = group.rank()
+        self._patience = min(_PATIENCE, _timeout_of(group) / 4)
+        self._failures = 0
+
+    def explain(self, what: str, error: RuntimeError) -> RuntimeError:
+        """An error that names the lost ranks, for a failure of ``what``."""
+        self._failures += 1
+        failed = f"{what} failed on rank {self._name(self._rank)}: {error}"
+        try:
+            self._store.set_timeout(timedelta(seconds=self._patience))
+            lost = self._find_lost(f"pyroute/failure/{self._failures}")
+        except RuntimeError:
+            keeper = "the launcher" if _launcher_keeps_store() else "global rank 0"
+            return RuntimeError(f"ExpertParallel: {keeper} is lost, whose store does not answer after {failed}")
+        if not lost:
+            return RuntimeError(f"ExpertParallel: no rank is lost, but {failed}")
+        if self._rank in lost:
+            return RuntimeError(f"ExpertParallel: the other ranks gave this one up, and {failed}")
+        names = ", ".join(map(self._name, lost))
+        who = f"rank {names} is" if len(lost) == 1 else f"ranks {names} are"
+        return RuntimeError(f"ExpertParallel: {who} lost, silent for {self._patience:g} s after {failed}")
+
+    def _find_lost(self, key: str) -> list[int]:
+        store, deadline = self._store, time.monotonic() + self._patience
+        everyone = range(len(self._global_ranks))
+        store.set(f"{key}/{self._rank}", "failed")
+        while not store.check([f"{key}/lost"]):
+            silent = [rank for rank in everyone if not store.check([f"{key}/{rank}"])]
+            if not silent or time.monotonic() > deadline:
+                if store.add(f"{key}/judges", 1) == 1:
+                    store.set(f"{key}/lost", json.dumps(silent))
+                break
+            time.sleep(_POLL)
+        lost: list[int] = json.loads(store.get(f"{key}/lost"))
+        store.set(f"{key}/{self._rank}/knows", "")
+        if self._global_ranks[self._rank] == 0 and not _launcher_keeps_store():
+            self._stay([f"{key}/{rank}/knows" for rank in everyone if rank not in lost])
+        return lost
+
+    def _stay(self, keys: list[str]) -> None:
+        """Until the others know: the store ends with this process."""
+        deadline = time.monotonic() + self._patience
+        while not self._store.check(keys) and time.monotonic() < deadline:
+            time.sleep(_POLL)
+
+    def _name(self, rank: int) -> str:
+        other = self._global_ranks[rank]
+        return str(rank) if other == rank else f"{rank} (global rank {other})"
+
+
+def _launcher_keeps_store() -> bool:
+    """Under torchrun the store lives in its agent."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _timeout_of(group: dist.ProcessGroup) -> float:
+    backend: Any = group._get_backend(group._device_types[0])
+    timeout: timedelta = backend.options._timeout
+    return timeout.total_seconds()

@@ -1,0 +1,137 @@
+"""What every rank of the expert-parallel tests runs, and the single process that it is held against."""
+
+from __future__ import annotations
+
+import collections
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from pyroute.pytorch import ExpertParallel, GroupedExperts
+
+H, INNER = 40, 24
+
+
+class Case(NamedTuple):
+    """One step of all ranks: what their tokens are, and the layer that they go through."""
+
+    tokens: list[int]  # of each rank
+    num_experts: int
+    top_k: int
+    routes: str = "random"  # or "one", "few", "holes", "none"
+    slots: list[int] | None = None
+    bias: bool = False
+    dtype: str = "float32"
+    activation: str = "swiglu"
+    weight_on: str = "output"
+    precision: str | None = None
+    payload: str | None = None
+    weights: str = "float32"
+
+
+class Batch(NamedTuple):
+    x: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    grad: torch.Tensor
+
+
+def batch(case: Case, generator: torch.Generator) -> Batch:
+    """All ranks' tokens, one after the other."""
+    T, E, k = sum(case.tokens), case.num_experts, case.top_k
+    x = torch.randn(T, H, generator=generator).to(getattr(torch, case.dtype))
+    ids = torch.rand(T, E, generator=generator).argsort(dim=1)[:, :k]
+    if ids.shape[1] < k or case.routes == "few":  # with repeats
+        ids = torch.randint(0, min(E, 2) if case.routes == "few" else E, (T, k), generator=generator)
+    if case.routes == "one":
+        ids = torch.full((T, k), E - 1)
+    if case.routes == "holes":
+        ids = torch.where(torch.rand(T, k, generator=generator) < 0.4, -1, ids)
+    if case.routes == "none":
+        ids = torch.full((T, k), -1)
+    weights = torch.rand(T, k, generator=generator).to(getattr(torch, case.weights))
+    grad = torch.randn(T, H, generator=generator).to(x.dtype)
+    return Batch(x, ids.to(torch.int32), weights, grad)
+
+
+def whole_layer(case: Case, generator: torch.Generator) -> GroupedExperts:
+    layer = GroupedExperts(
+        case.num_experts, H, INNER, activation=case.activation, weight_on=case.weight_on, bias=case.bias,
+        precision=case.precision, dtype=getattr(torch, case.dtype),
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return layer
+
+
+def step(layer: Any, given: Batch, rows: slice) -> dict[str, torch.Tensor]:
+    """Result and gradients of some of the batch's tokens."""
+    x, weights = (t[rows].clone().requires_grad_() for t in (given.x, given.weights))
+    y = layer(x, given.ids[rows], weights)
+    y.backward(given.grad[rows])
+    grads = {f"grad {name}": p.grad for name, p in layer.named_parameters()}
+    return {"y": y.detach(), "grad x": x.grad, "grad weights": weights.grad, **grads}
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.detach().reshape(-1).clone().view(torch.uint8)
+
+
+def same(name: str, got: torch.Tensor, expected: torch.Tensor) -> None:
+    assert got.dtype == expected.dtype, name
+    assert got.shape == expected.shape, name
+    if not torch.equal(bits(got), bits(expected)):
+        raise AssertionError(
+            f"{name}: {int((got != expected).sum())} of {got.numel()} differ, by {(got - expected).abs().max()}"
+        )
+
+
+class Collectives:
+    """Counts the calls of ``torch.distributed`` and the bytes that this rank sends, while it is entered."""
+
+    NAMES = ("all_to_all_single", "all_gather", "all_reduce", "all_gather_into_tensor", "broadcast", "barrier")
+
+    def __enter__(self) -> Collectives:
+        self.calls: list[str] = []
+        self.sent: dict[str, int] = collections.Counter()
+        self._real = {name: getattr(dist, name) for name in self.NAMES}
+        for name, real in self._real.items():
+            setattr(dist, name, self._counted(name, real))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for name, real in self._real.items():
+            setattr(dist, name, real)
+
+    def _counted(self, name: str, real: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls.append(name)
+            if name == "all_to_all_single":
+                self.sent[len(self.calls)] += args[1].nbytes
+            return real(*args, **kwargs)
+
+        return call
+
+
+def check_case(case: Case, seed: int) -> list[str]:
+    """The case on this group against one process, to the byte; the collectives of the step."""
+    generator = torch.Generator().manual_seed(seed)
+    whole, given = whole_layer(case, generator), batch(case, generator)
+    rank = dist.get_rank()
+    start = sum(case.tokens[:rank])
+    mine = slice(start, start + case.tokens[rank])
+    layer = ExpertParallel.from_experts(whole, placement=case.slots, payload=case.payload)
+    with Collectives() as counted:
+        got = step(layer, given, mine)
+    expected = step(whole, given, slice(None))
+    for name in ("y", "grad x", "grad weights"):
+        same(f"{name} of {case}", got[name], expected[name][mine])
+    for name, _ in layer.named_parameters():
+        same(f"{name} of {case}", got[f"grad {name}"], expected[f"grad {name}"][layer.local_experts])
+    return counted.calls
+
+
+def check_cases(cases: list[tuple[Case, int]]) -> list[list[str]]:
+    return [check_case(case, seed) for case, seed in cases]

@@ -1,0 +1,38 @@
+"""ExpertParallel over gloo: every byte that a single process would compute."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+pytest.importorskip("torch")
+
+import expert_parallel_ranks as ranks
+from expert_parallel_ranks import Case
+from processes import run_ranks, values
+
+
+def random_case(world: int, seed: int) -> Case:
+    draw = random.Random(seed)
+    tokens = [draw.choice([0, 1, 5, 17, 33]) for _ in range(world)]
+    return Case(
+        tokens, num_experts=draw.choice([1, 3, 7, 8]), top_k=draw.choice([1, 2, 4]),
+        routes=draw.choice(["random", "random", "one", "few", "holes", "none"]), bias=draw.random() < 0.4,
+        dtype=draw.choice(["float32", "bfloat16"]), weight_on=draw.choice(["output", "output", "pre_down", "input"]),
+        activation=draw.choice(["swiglu", "swiglu_clamp", "swiglu_oai", "geglu", "relu2"]),
+        precision=draw.choice([None, None, None, "fp8", "fp8_ue8m0"]),
+        weights=draw.choice(["float32", "float32", "bfloat16"]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_random_steps_have_the_bytes_of_one_process(world, tmp_path):
+    cases = [(random_case(world, 100 * world + i), i) for i in range(50)]
+    cases.append((Case([13] * world, 7, 2), 50))  # 7 experts, which 2, 3 and 4 ranks do not divide
+    cases.append((Case([9, 0, 0, 4][:world], 2, 2, routes="one"), 51))  # ranks without tokens, and without experts
+    counted = values(run_ranks(world, ranks.check_cases, cases, store=tmp_path / "store"))
+    for step in range(len(cases)):
+        calls = [rank[step] for rank in counted]
+        assert calls == calls[:1] * world, cases[step]
+        assert 4 <= len(calls[0]) <= 7
