@@ -135,3 +135,55 @@ def check_case(case: Case, seed: int) -> list[str]:
 
 def check_cases(cases: list[tuple[Case, int]]) -> list[list[str]]:
     return [check_case(case, seed) for case, seed in cases]
+
+
+def turns(case: Case, ids: torch.Tensor) -> torch.Tensor:
+    """The slot that serves each route, by the rule as it is documented: replicas in turn, from the rank's number on."""
+    assert case.slots is not None
+    rank_of = [rank for rank, count in enumerate(case.tokens) for _ in range(count)]
+    seen: dict[tuple[int, int], int] = collections.Counter()
+    result = torch.full_like(ids, -1)
+    for token, row in enumerate(ids.tolist()):
+        for place, expert in enumerate(row):
+            if expert >= 0:
+                replicas = [slot for slot, held in enumerate(case.slots) if held == expert]
+                turn = seen[rank_of[token], expert] + rank_of[token]
+                seen[rank_of[token], expert] += 1
+                result[token, place] = replicas[turn % len(replicas)]
+    return result
+
+
+def check_replicas(case: Case, seed: int) -> None:
+    """Everything but the replicas' gradients to the byte; those are the sum, in the order of slots, of what one process
+    has for the tokens of each slot.
+    """
+    assert case.slots is not None
+    generator = torch.Generator().manual_seed(seed)
+    whole, given = whole_layer(case, generator), batch(case, generator)
+    start = sum(case.tokens[: dist.get_rank()])
+    mine = slice(start, start + case.tokens[dist.get_rank()])
+    layer = ExpertParallel.from_experts(whole, placement=case.slots)
+    got = step(layer, given, mine)
+    expected = step(whole, given, slice(None))
+    for name in ("y", "grad x", "grad weights"):
+        same(f"{name} of {case}", got[name], expected[name][mine])
+    layer.reduce_gradients()
+    slot_of = turns(case, given.ids)
+    of_slot = []
+    for slot in range(len(case.slots)):
+        whole.zero_grad()
+        only = given._replace(ids=torch.where(slot_of == slot, given.ids, -1))
+        of_slot.append(step(whole, only, slice(None)))
+    for name, parameter in layer.named_parameters():
+        for local, expert in enumerate(layer.local_experts):
+            terms = [of_slot[s][f"grad {name}"][expert] for s, held in enumerate(case.slots) if held == expert]
+            total = terms[0].float()
+            for term in terms[1:]:
+                total = total + term.float()
+            assert parameter.grad is not None
+            same(f"{name} of {case}", parameter.grad[local], total.to(parameter.dtype))
+
+
+def check_all_replicas(cases: list[tuple[Case, int]]) -> None:
+    for case, seed in cases:
+        check_replicas(case, seed)

@@ -36,3 +36,22 @@ def test_random_steps_have_the_bytes_of_one_process(world, tmp_path):
         calls = [rank[step] for rank in counted]
         assert calls == calls[:1] * world, cases[step]
         assert 4 <= len(calls[0]) <= 7
+
+
+SLOTS = {
+    1: [0, 1, 2, 0],
+    2: [0, 1, 1, 2],
+    3: [2, 0, 1, 2, 2, 0],
+    4: [0, 1, 2, 2, 2, 2, 1, 2],  # on two ranks twice
+}
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_replicated_experts_take_turns_and_sum_their_gradients(world, tmp_path):
+    shapes = [([11, 5, 0, 8], "random"), ([3, 0, 21, 1], "holes"), ([6, 6, 6, 6], "one"), ([0, 0, 0, 0], "random")]
+    cases = [
+        (Case(tokens[:world], 3, k, routes, SLOTS[world], bias=k == 3, dtype=dtype, weight_on=on), seed)
+        for seed, (tokens, routes) in enumerate(shapes)
+        for k, dtype, on in ((2, "float32", "output"), (3, "bfloat16", "pre_down"), (1, "float32", "input"))
+    ]
+    values(run_ranks(world, ranks.check_all_replicas, cases, store=tmp_path / "store"))

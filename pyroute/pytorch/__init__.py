@@ -2,7 +2,7 @@
 
 from ._fp8_weights import forget_fp8_weights
 from .checkpoints import Fp8Experts, load_experts
-from .expert_parallel import ExpertParallel
+from .expert_parallel import ExpertParallel, expert_parallel_parameters, reduce_expert_gradients
 from .experts import GroupedExperts, MoELayer, SharedExpert, set_precision
 from .gating import OPS_TO_SAVE, balance_loss, topk_gating, z_loss
 from .grouped_gemm import grouped_gemm
@@ -25,6 +25,7 @@ __all__ = [
     "TopKRouter",
     "balance_loss",
     "dequantize_fp8",
+    "expert_parallel_parameters",
     "forget_fp8_weights",
     "grouped_gemm",
     "load_experts",
@@ -33,6 +34,7 @@ __all__ = [
     "permute_quantize",
     "plan_routes",
     "quantize_fp8",
+    "reduce_expert_gradients",
     "router_logits",
     "set_aux_loss_scale",
     "set_precision",

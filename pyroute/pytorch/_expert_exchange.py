@@ -138,9 +138,9 @@ def _check_headers(function: str, found: list[list[int]]) -> None:
     refused = [rank for rank, header in enumerate(found) if header[5]]
     if refused:
         raise RuntimeError(f"{function}: rank {refused[0]} refused the arguments of its call; its own error says why")
-    places = {"top_k": (2, str), "the type of x": (3, lambda code: str(_ROW_TYPES[code]).removeprefix("torch."))}
-    for name, (place, text) in places.items():
-        _check_same(function, name, [text(header[place]) for header in found])
+    _check_same(function, "top_k", [str(header[2]) for header in found])
+    types = [str(_ROW_TYPES[header[3]]).removeprefix("torch.") for header in found]
+    _check_same(function, "the type of x", types)
     _check_same(function, "torch.is_grad_enabled()", [str(bool(header[4] & 1)) for header in found])
 
 

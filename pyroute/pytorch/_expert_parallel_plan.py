@@ -132,8 +132,8 @@ def agree(function: str, group: dist.ProcessGroup | None, config: dict[str, Any]
     for rank, config in enumerate(configs):
         if "refused" in config:
             raise ValueError(f"{function}: rank {rank} refused its arguments: {config['refused']}")
-    differences = [text for name in configs[0] if (text := _difference(name, [c.get(name) for c in configs]))]
-    if differences:
+    found = [_difference(name, [c.get(name) for c in configs]) for name in configs[0]]
+    if differences := [sentence for sentence in found if sentence]:
         raise ValueError(f"{function}: {'; '.join(differences)}")
     return int(configs[0]["seed"])
 

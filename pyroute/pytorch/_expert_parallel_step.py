@@ -115,7 +115,8 @@ class ToExperts(torch.autograd.Function):
             of_weights = _send_back(step, "the combine of the weights' gradients", grads.topk_weights)
         grad_x, grad_weights = _at_home(step, x, topk_weights, of_x, of_weights)
         of_params = [
-            g.to(p.dtype) if name in wanted else None for name, g, p in zip(names[2:], grads[2:], params, strict=True)
+            None if grad is None or name not in wanted else grad.to(parameter.dtype)
+            for name, grad, parameter in zip(names[2:], grads[2:], params, strict=True)
         ]
         _, needs_x, needs_weights, *_ = ctx.needs_input_grad
         return None, grad_x if needs_x else None, grad_weights if needs_weights else None, None, *of_params

@@ -33,7 +33,8 @@ class SlotMaps(NamedTuple):
     def of(cls, slots: ExpertSlots, rank: int, device: torch.device) -> SlotMaps:
         owner = slots.slot_to_rank
         arrays = (slots.expert_slots, slots.replicas.astype("int32"), owner, slots.first[owner])
-        return cls(*(torch.from_numpy(a).to(device) for a in arrays), slots.num_ranks, rank)
+        tensors = [torch.from_numpy(a).to(device) for a in arrays]
+        return cls(tensors[0], tensors[1], tensors[2], tensors[3], slots.num_ranks, rank)
 
 
 class Route(NamedTuple):

@@ -14,6 +14,7 @@ from ._expert_exchange import Header, Ranks, refuse
 from ._expert_parallel_step import FromExperts, LayerOptions, Step, ToExperts
 from ._expert_payload import SCALE_FORMATS, Payload
 from ._expert_routes import Route, SlotMaps
+from ._replica_gradients import sum_over_replicas
 from ._tensors import describe, on, on_host
 from .experts import GroupedExperts
 from .grouped_gemm import autocast_float
@@ -168,6 +169,29 @@ class ExpertParallel(GroupedExperts):
         y: Tensor = FromExperts.apply(step, token, topk_weights.detach())
         return y if beside is None else y + beside
 
+    @torch.no_grad()
+    def reduce_gradients(self, *, average: bool = False) -> None:
+        """Sum the gradients of replicas, so that they stay equal: after the last backward pass of a step, on all ranks.
+
+        Parameters
+        ----------
+        average : bool
+            Divide the gradients by the number of ranks, as data parallelism does with those of other parameters.
+        """
+        gradients = []
+        for name, parameter in self.named_parameters(recurse=False):
+            if not parameter.requires_grad:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if hasattr(parameter.grad, "device_mesh") and (self._slots.replicas > 1).any():
+                raise TypeError(f"{NAME}: replicated experts must not be sharded again, got {name} as a DTensor")
+            gradients.append(parameter.grad)
+        sum_over_replicas(gradients, self._slots, self._ranks)
+        if average:
+            for gradient in gradients:
+                gradient /= self._ranks.size
+
     def _operands(self, x: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """x, weights and biases, cast as autocast casts those of :func:`moe_forward`."""
         params = [self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias]
@@ -193,21 +217,37 @@ class ExpertParallel(GroupedExperts):
             raise _check.type_error(NAME, "topk_idx", "integers [num_tokens, top_k]", describe(topk_idx))
         if not topk_weights.dtype.is_floating_point:
             raise _check.type_error(NAME, "topk_weights", "floating [num_tokens, top_k]", describe(topk_weights))
-        expected = [len(x), max(topk_idx.shape[1], 1)]
+        shape = [len(x), max(topk_idx.shape[1], 1)]
         for name, given in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-            if list(given.shape) != expected:
-                raise _check.value_error(NAME, name, f"of shape {expected}", list(given.shape))
+            if list(given.shape) != shape:
+                raise _check.value_error(NAME, name, f"of shape {shape}", list(given.shape))
         if device not in self._maps:
             self._maps[device] = SlotMaps.of(self._slots, self._ranks.rank, device)
         outside = (topk_idx < -1) | (topk_idx >= self.num_experts)
         if not on_host(topk_idx):
             topk_idx = topk_idx.masked_fill(outside, -1)
         elif outside.any():
-            got = int(topk_idx[outside][0])
-            raise _check.value_error(NAME, "topk_idx", f"-1 or in 0..{self.num_experts - 1}", got)
+            other = int(topk_idx[outside][0])
+            raise _check.value_error(NAME, "topk_idx", f"-1 or in 0..{self.num_experts - 1}", other)
         return Route.of(topk_idx, self._maps[device], once_per_rank=self.weight_on != "input")
 
     def extra_repr(self) -> str:
         held = f"slots {len(self.local_experts)} of {len(self._slots.slot_to_expert)}"
         of = f"rank {self._ranks.rank} of {self._ranks.size}"
         return f"{super().extra_repr()}, {held}, {of}" + ("" if self.payload is None else f", payload='{self.payload}'")
+
+
+def expert_parallel_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Parameters of every :class:`ExpertParallel` in ``model`` by their names, which differ between ranks.
+
+    What data parallelism has to leave alone.
+    """
+    layers = [(prefix, module) for prefix, module in model.named_modules() if isinstance(module, ExpertParallel)]
+    return {name: p for prefix, layer in layers for name, p in layer.named_parameters(prefix, recurse=False)}
+
+
+def reduce_expert_gradients(model: torch.nn.Module, *, average: bool = False) -> None:
+    """:meth:`ExpertParallel.reduce_gradients` of every such layer in ``model``."""
+    for module in model.modules():
+        if isinstance(module, ExpertParallel):
+            module.reduce_gradients(average=average)
