@@ -20,9 +20,9 @@ def quantile_bias(
 ) -> Array:
     """The selection bias that gives every expert its share of these tokens, as far as one step can tell.
 
-    With this bias, were each token's cutoff the old one, ``floor(tokens * top_k / num_experts)`` tokens would choose
-    every expert. The cutoff is the largest ``score + bias`` that was not chosen. No rate has to be tuned; a few steps
-    over the same tokens balance them.
+    A token's cutoff is its largest ``score + bias`` that was not chosen. Were the cutoffs to stay, each expert's new
+    bias is the largest with which at most ``floor(tokens * top_k / num_experts)`` tokens would choose it. No rate has
+    to be tuned; a few steps over the same tokens balance them.
 
     Parameters
     ----------

@@ -102,9 +102,10 @@ def test_every_expert_gets_its_share_at_the_old_cutoffs(rng, num_tokens):
     z, bias, mask = problem(rng, config, num_tokens, np.float64)
     mask[:] = True
     needed = oracle.needed_bias(z, rule_of(config), bias, mask)
-    got = quantile_bias(z, config, bias)
-    shift = np.sort(needed, axis=0)[num_tokens * 3 // 16].mean()  # that centring took away
-    assert ((needed < got + shift - 1e-12).sum(axis=0) == num_tokens * 3 // 16).all()
+    share = num_tokens * 3 // 16
+    got = quantile_bias(z, config, bias) + np.sort(needed, axis=0)[share].mean()  # which centring took away
+    assert ((needed < got - 1e-12).sum(axis=0) <= share).all()  # less only where tokens tie: all that just miss it
+    assert ((needed < got + 1e-12).sum(axis=0) > share).all()
 
 
 @pytest.mark.parametrize("score", SCORES)
