@@ -93,20 +93,30 @@ def build_parser() -> Parser:
     cost.add_argument("--sequence", metavar="N", type=positive, default=4096, help="tokens that attend (4096)")
     cost.add_argument("--no-measure", action="store_true", help="leave out this machine's own rates (a few seconds)")
     cost.set_defaults(run=run_cost)
-    placement = command("placement", "where experts should live, from a recorded trace of their loads")
-    placement.add_argument(
-        "trace", metavar="TRACE", help="tokens per expert [E], [L, E] or [steps, L, E]: .npy or JSON"
-    )
-    placement.add_argument("--devices", metavar="N", type=positive, required=True, help="that share the experts")
-    placement.add_argument(
-        "--slots", metavar="N", type=positive, help="of all devices (experts, rounded up to devices)"
-    )
-    placement.add_argument("--nodes", metavar="N", type=positive, default=1, help="each of which holds whole groups")
-    placement.add_argument("--groups", metavar="N", type=positive, default=1, help="of the router")
-    placement.set_defaults(run=run_placement)
+    add_placement(command("placement", "where experts should live, from a recorded trace of their loads"))
     for sub in (demo, check, cost):
         sub.add_argument("--threads", metavar="N", type=positive, help="threads of the cpu backend")
     return parser
+
+
+def add_placement(parser: argparse.ArgumentParser) -> None:
+    trace = "tokens per expert [E], [L, E] or [steps, L, E]: .npy or JSON; or zipf:EXPONENT"
+    parser.add_argument("trace", metavar="TRACE", help=trace)
+    parser.add_argument("--devices", metavar="N", type=positive, required=True, help="that share the experts")
+    parser.add_argument("--slots", metavar="N", type=positive, help="of all devices (experts, rounded up to devices)")
+    parser.add_argument("--nodes", metavar="N", type=positive, default=1, help="each of which holds whole groups")
+    parser.add_argument("--groups", metavar="N", type=positive, default=1, help="of the router")
+    parser.add_argument("--plot", metavar="FILE", help="a heat map of the devices' loads: .svg, or a page")
+    model = parser.add_argument_group("on a cluster", "times by the model of docs/scaling.md, every assumption printed")
+    model.add_argument("--cluster", metavar="NAME", help="whose links and devices: h800")
+    model.add_argument("--model", metavar="NAME", default="deepseek-v3", help="whose layers (deepseek-v3)")
+    model.add_argument("--tokens", metavar="N", type=positive, default=4096, help="of a device at a time (4096)")
+    model.add_argument("--total", metavar="N", type=positive, help="devices of a whole training run: its step, too")
+    model.add_argument("--stages", metavar="N", type=positive, default=16, help="of its pipeline (16)")
+    model.add_argument(
+        "--batch", metavar="N", type=positive, default=15360 * 4096, help="tokens of a step (15360 x 4096)"
+    )
+    parser.set_defaults(run=run_placement)
 
 
 def deliver(
@@ -190,13 +200,24 @@ def run_cost(args: argparse.Namespace) -> int:
 
 
 def run_placement(args: argparse.Namespace) -> int:
-    from .bench import placement_report
+    from .bench import placement_plot, placement_report, scaling_report
 
     def make() -> dict[str, Any]:
         sizes = {"num_slots": args.slots, "num_nodes": args.nodes, "num_groups": args.groups}
-        return placement_report.make(placement_report.read_trace(args.trace), args.devices, **sizes)
+        machines = scaling_report.Options(
+            args.cluster, args.model, args.tokens, args.total, args.stages, args.batch
+        ).checked()
+        trace = placement_report.read_trace(args.trace, args.model)
+        report = placement_report.make(trace, args.devices, **sizes)
+        if args.cluster:
+            placement_report.add_cluster(report, trace, machines)
+        return report
 
-    deliver(args, make, placement_report.show)
+    report = deliver(args, make, placement_report.show)
+    if args.plot:
+        title = f"{report['experts']} experts in {report['slots']} slots on {report['devices']} devices"
+        notes = report.get("scaling", {}).get("assumed", [])
+        placement_plot.write(args.plot, placement_report.relative_loads(report), title, notes)
     return 0
 
 

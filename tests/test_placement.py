@@ -338,3 +338,85 @@ def test_a_trace_that_is_none_is_one_sentence(command, tmp_path, content, argume
     assert status == 2
     assert printed.err.count("\n") == 1
     assert sentence in printed.err
+
+
+def test_a_drawn_trace_on_a_cluster(command):
+    sizes = ("zipf:0.7", "--devices", 64, "--slots", 320, "--nodes", 8, "--groups", 8, "--cluster", "h800")
+    status, printed = command(*sizes, "--total", 2048)
+    assert status == 0
+    assert max(map(len, printed.out.splitlines())) <= 80
+    for words in ("58 layers, 256 experts", "One layer of deepseek-v3", "2048 devices, 16 stages", "DeepEP's README"):
+        assert words in printed.out
+    status, printed = command(*sizes, "--total", 2048, "--json")
+    found = json.loads(printed.out)["scaling"]
+    even, before, after = (step["seconds"] for step in found["steps"])
+    assert even == pytest.approx(19.9, rel=0.01)
+    assert even < after < 0.6 * before
+    names = [layer["name"] for layer in found["layers"]]
+    assert names == ["even load, in order", "experts in order", "this plan"]
+    assert found["layers"][0]["binds"] == "network"
+    assert found["layers"][0]["messages"] == 14
+
+
+@pytest.mark.parametrize("kind", ["svg", "html"])
+def test_the_heat_map_as_a_file(command, rng, tmp_path, kind):
+    from xml.etree import ElementTree
+
+    trace, file = tmp_path / "trace.npy", tmp_path / f"map.{kind}"
+    loads = np.ones((3, 8))
+    loads[1, 0] = 100  # the device that holds it has 102 of 107, four times the mean and more
+    np.save(trace, loads)
+    status, _ = command(trace, "--devices", 4, "--plot", file)
+    assert status == 0
+    text = file.read_text()
+    assert text.startswith("<svg" if kind == "svg" else "<!doctype html>")
+    picture = ElementTree.fromstring(text[text.index("<svg") : text.index("</svg>") + 6])
+    assert "experts in order: up to 3.78 of the mean" in picture.get("aria-label")  # 101 of 107, times four devices
+    cells = [path.get("d").count("M") for path in picture.iter() if path.tag.endswith("path")]
+    assert sum(cells) == 2 * 3 * 4
+    reds = [path for path in picture.iter() if path.get("fill") == "#b2182b" and path.tag.endswith("path")]
+    assert [path.get("d").count("M") for path in reds] == [1, 1]  # before and after: nothing is to be won there
+    assert ("http://" in text.replace("http://www.w3.org/2000/svg", "")) is False
+
+
+def test_colours_of_the_heat_map():
+    from pyroute.bench import placement_report
+
+    report = {
+        "mean_loads": [[4.0, 1.0, 1.0, 0.0]],
+        "devices": 4,
+        "experts": 4,
+        "layers": 1,
+        "slot_to_expert": [[0, 1, 2, 3]],
+    }
+    (line,) = placement_report.heat_map(report, 40)
+    assert line.split()[1] == "[bold"  # 4 of a mean of 1.5
+    assert "[blue]▄[/]" in line or "[blue]▃[/]" in line
+    assert line.count("red") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("zipf:much", "--devices", 4), "zipf:much must end in a number that is not negative"),
+        (("zipf:-1", "--devices", 4), "zipf:-1 must end in a number that is not negative"),
+        (("zipf:1", "--devices", 8, "--cluster", "laptop"), "--cluster must be one of h800, got laptop"),
+        (("zipf:1", "--devices", 8, "--cluster", "h800", "--model", "gpt"), "--model must be one of deepseek-v3"),
+        (("zipf:1", "--devices", 7, "--cluster", "h800"), "--devices must divide the 256 experts, got 7"),
+        (("zipf:1", "--devices", 8, "--cluster", "h800", "--total", 100), "devices must be a multiple of stages (16)"),
+        (("zipf:1", "--devices", 8, "--plot", "/nowhere/map.svg"), "--plot: cannot write /nowhere/map.svg"),
+    ],
+)
+def test_a_cluster_that_is_none_is_one_sentence(command, arguments, sentence):
+    status, printed = command(*arguments)
+    assert status == 2
+    assert printed.err.count("\n") == 1
+    assert sentence in printed.err
+
+
+def test_a_trace_of_another_model(command, tmp_path):
+    trace = tmp_path / "trace.json"
+    trace.write_text("[3, 1, 2, 2]")
+    status, printed = command(trace, "--devices", 2, "--cluster", "h800")
+    assert status == 2
+    assert "deepseek-v3 has 256 experts, the trace 4" in printed.err

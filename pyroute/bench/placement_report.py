@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..placement import Placement, load_metrics, place_experts
+from ..scaling import zipf_trace
+from . import scaling_report
+from .model_sizes import MODELS, ModelSizes
 from .terminal import RAMP, UsageError, show_rows, show_table, show_text
 
 if TYPE_CHECKING:
@@ -15,10 +18,18 @@ if TYPE_CHECKING:
 
 Array = Any
 MAP_ROWS = 16  # layers of the heat map; more are averaged in runs
+COLOURS = ((1.75, "bold red"), (1.25, "yellow"), (0.75, "green"), (-1, "blue"))  # above so much of the mean
+DRAWN_STEPS = 8
 
 
-def read_trace(path: str) -> Array:
-    """float64 [steps, L, E] of a ``.npy`` file or of JSON lists, with or without the axes of steps and layers."""
+def read_trace(path: str, model: str = "deepseek-v3") -> Array:
+    """float64 [steps, L, E] of a ``.npy`` file or of JSON lists, with or without the axes of steps and layers.
+
+    ``zipf:0.7`` is no file: loads of the model's layers and experts are drawn, with that exponent.
+    """
+    name, _, exponent = path.partition(":")
+    if name == "zipf":
+        return _drawn(exponent or "0.5", MODELS[model])
     try:
         if path.endswith(".npy"):
             found = np.load(path, allow_pickle=False)
@@ -35,6 +46,14 @@ def read_trace(path: str) -> Array:
     if not (np.isfinite(trace).all() and (trace >= 0).all()):
         raise UsageError(f"{path} must hold finite numbers that are not negative")
     return trace
+
+
+def _drawn(exponent: str, model: ModelSizes) -> Array:
+    try:
+        drawn = zipf_trace(DRAWN_STEPS, model.moe_layers, model.shape.num_experts, exponent=float(exponent))
+    except ValueError:
+        raise UsageError(f"zipf:{exponent} must end in a number that is not negative") from None
+    return drawn.astype(np.float64)
 
 
 def make(trace: Array, devices: int, **sizes: Any) -> dict[str, Any]:
@@ -56,6 +75,26 @@ def make(trace: Array, devices: int, **sizes: Any) -> dict[str, Any]:
         "slot_to_expert": plan.slot_to_expert.tolist(),
         "mean_loads": mean.tolist(),
     }  # fmt: skip
+
+
+def add_cluster(report: dict[str, Any], trace: Array, options: scaling_report.Options) -> None:
+    """What the plan means on a cluster, as ``report["scaling"]``."""
+    devices, experts = report["devices"], report["experts"]
+    if experts % devices:
+        raise UsageError(f"--cluster: --devices must divide the {experts} experts, got {devices}")
+    in_order = np.tile(np.arange(experts, dtype=np.int32), (report["layers"], 1))
+    report["scaling"] = scaling_report.make(trace, _plan(report), Placement(in_order, devices, experts), options)
+
+
+def _plan(report: dict[str, Any]) -> Placement:
+    return Placement(np.array(report["slot_to_expert"]), report["devices"], report["experts"])
+
+
+def relative_loads(report: dict[str, Any]) -> dict[str, Array]:
+    """Device loads over their mean [L, D]: experts in order, and this plan."""
+    mean = np.array(report["mean_loads"])
+    found = {"experts in order": _in_order(mean, report["devices"]), "this plan": _plan(report).device_loads(mean)}
+    return {name: loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-300) for name, loads in found.items()}
 
 
 def _in_order(loads: Array, devices: int) -> Array:
@@ -93,23 +132,25 @@ def show(console: Console, report: dict[str, Any]) -> None:
     show_rows(console, facts)
     console.print("\n[head]Load of the devices[/]  a line for each layer: experts in order, and this plan")
     for line in heat_map(report, (console.width - 10) // 2):
-        console.print(line, highlight=False)
+        console.print(line)
     show_text(console, f"[note]{RAMP.strip()}: from nothing to twice the mean.[/]", indent=2)
+    if "scaling" in report:
+        scaling_report.show(console, report["scaling"])
 
 
 def heat_map(report: dict[str, Any], width: int) -> list[str]:
     """Device loads over their mean, before and after; layers and devices beyond what fits are averaged."""
-    mean, devices = np.array(report["mean_loads"]), report["devices"]
-    plan = Placement(np.array(report["slot_to_expert"]), devices, report["experts"])
-    found = [_in_order(mean, devices), plan.device_loads(mean)]
-    found = [loads / np.maximum(loads.mean(axis=1, keepdims=True), 1e-300) for loads in found]
+    found, devices = list(relative_loads(report).values()), report["devices"]
     columns = np.array_split(np.arange(devices), min(max(width, 1), devices))
     lines = []
-    for layers in np.array_split(np.arange(len(mean)), min(MAP_ROWS, len(mean))):
+    for layers in np.array_split(np.arange(report["layers"]), min(MAP_ROWS, report["layers"])):
         maps = ("".join(_mark(loads[np.ix_(layers, column)].mean()) for column in columns) for loads in found)
         lines.append(f"  {layers[0]:>3}  {'  '.join(maps)}")
     return lines
 
 
 def _mark(cell: float) -> str:
-    return RAMP[min(len(RAMP) - 1, round(cell / 2 * (len(RAMP) - 1)))]
+    """A block as high as the load; far from the mean in a colour."""
+    mark = RAMP[min(len(RAMP) - 1, round(cell / 2 * (len(RAMP) - 1)))]
+    colour = next((name for limit, name in COLOURS if cell > limit), "")
+    return f"[{colour}]{mark}[/]" if colour and mark != " " else mark
