@@ -11,15 +11,16 @@ import torch
 
 import pyroute
 
-from ...._device.arrays import DeviceArray
-from ....pytorch import _tensors, moe_forward
-from ....quantization import Fp8Array
+from ....pytorch import moe_forward
 from ....router_config import RouterConfig
+from .. import peers
 from ..bars import Bar, Measured, at_most, faster
-from . import peers
 from .clock import Clock, Column
+from .peers import columns
+from .problems import Gate, Layer, Moves, Products, fp8, on_device, tensor, worst_row
 
 SETS = 16  # of inputs, at most
+Peers = Sequence[peers.Peer]
 
 
 @dataclasses.dataclass
@@ -33,7 +34,6 @@ class Problem:
     columns: list[Column]
     check: Callable[[str, Any], float]  # the error of a column's result
     bars: tuple[Bar, ...] = ()
-    tolerance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +59,6 @@ class Sizes:
         return 4 if self.quick else 32
 
 
-def on_device(t: torch.Tensor) -> DeviceArray:
-    made: DeviceArray = _tensors.array("bench", "tensor", t)
-    return made
-
-
-def tensor(x: Any) -> torch.Tensor:
-    return _tensors.tensor(x)
-
-
 def share_of_copy(ours: str, at_least: float) -> Bar:
     """The time of a copy of as many bytes, at the rate measured in the same run, over ours."""
 
@@ -89,78 +80,61 @@ def sets_of(make: Callable[[], Any], num_bytes: int, clock: Clock) -> list[Any]:
     return [make() for _ in range(max(1, min(SETS, -(-4 * clock.cache_bytes // num_bytes))))]
 
 
-def relative(got: torch.Tensor, exact: torch.Tensor) -> float:
-    """||got - exact|| / ||exact||; infinite for a NaN or another shape."""
-    if got.shape != exact.shape or not torch.isfinite(got.float()).all():
-        return float("inf")
-    return float((got.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-300))
-
-
 # --- gate -------------------------------------------------------------------------------------------------------------
 
 
-def gate(clock: Clock, sizes: Sizes) -> list[Problem]:
+def gate(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
     config = RouterConfig.preset("deepseek-v3")
     tokens, experts = sizes.tokens, config.num_experts
-    bias = torch.randn(experts, device=clock.device) / 100
-
-    def ours(z: torch.Tensor) -> Callable[[], Any]:
-        logits, correction = on_device(z), on_device(bias)
-        return lambda: pyroute.topk_gating(logits, config, bias=correction)
-
     nbytes = 4 * tokens * experts + 8 * tokens * config.top_k
     logits = sets_of(lambda: torch.randn(tokens, experts, device=clock.device), nbytes, clock)
-    exact = pyroute.topk_gating(logits[0].cpu().numpy(), config, bias=bias.cpu().numpy())
+    g = Gate(logits, torch.randn(experts, device=clock.device) / 100, config)
+    bias = on_device(g.bias)
 
-    def check(name: str, result: Any) -> float:
-        if name == "pyroute":  # the CPU's bytes
-            host = [tensor(part).cpu().numpy() for part in result]
-            return 0.0 if all(a.tobytes() == b.tobytes() for a, b in zip(host, exact, strict=True)) else float("inf")
-        return relative(result[0].sum(dim=1).cpu(), torch.from_numpy(exact.topk_weights.sum(axis=1)))
+    def ours(z: torch.Tensor) -> Callable[[], Any]:
+        given = on_device(z)
+        return lambda: pyroute.topk_gating(given, config, bias=bias)
 
-    columns = [Column("pyroute", [ours(z) for z in logits]), peers.eager_gate(logits, bias, config)]
+    def check(name: str, got: Any) -> float:
+        if name != "pyroute":
+            return g.error(*got)
+        host = [tensor(part).cpu().numpy() for part in got]  # the CPU's bytes
+        return 0.0 if all(a.tobytes() == b.tobytes() for a, b in zip(host, g.exact, strict=True)) else float("inf")
+
     bars = (at_most("pyroute", 14e-6), at_most("pyroute", 8e-6), share_of_copy("pyroute", 0.3))
-    return [Problem("gate", f"deepseek-v3 T={tokens}", nbytes, 0, columns, check, bars, 1e-3)]
+    made = [Column("pyroute", [ours(z) for z in logits], kind="exact"), *columns("gate", g, everyone)]
+    return [Problem("gate", f"deepseek-v3 T={tokens}", nbytes, 0, made, check, bars)]
 
 
 # --- moves ------------------------------------------------------------------------------------------------------------
 
 
-def _routed(clock: Clock, tokens: int, experts: int, top_k: int, alignment: int = 1) -> tuple[torch.Tensor, Any]:
-    """Balanced random ids, and their plan on the device."""
-    ids = torch.rand(tokens, experts, device=clock.device).topk(top_k, dim=1).indices.to(torch.int32)
-    return ids, pyroute.plan_routes(on_device(ids), experts, alignment=alignment)
-
-
-def moves(clock: Clock, sizes: Sizes) -> list[Problem]:
+def moves(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
+    """Balanced random ids."""
     tokens, hidden, top_k = sizes.tokens, sizes.hidden, 8
     experts = 16 if sizes.quick else 256
-    _, plan = _routed(clock, tokens, experts, top_k)
+    ids = torch.rand(tokens, experts, device=clock.device).topk(top_k, dim=1).indices.to(torch.int32)
     x = torch.randn(tokens, hidden, device=clock.device).to(torch.bfloat16)
-    weights = torch.rand(tokens, top_k, device=clock.device)
-    token_of, row_of = tensor(plan.row_to_token).long(), tensor(plan.token_to_row).long()
-    rows = x[token_of]
-    case = f"[{tokens}, {hidden}] bfloat16, {top_k} of {experts}"
-    given, moved = on_device(x), on_device(rows)
-
-    def same(exact: torch.Tensor) -> Callable[[str, Any], float]:
-        return lambda name, got: relative(tensor(got) if name.startswith("pyroute") else got, exact)
-
-    summed = (rows[row_of].float() * weights[..., None]).sum(dim=1) if sizes.quick else _sums(rows, row_of, weights)
-    nbytes = x.nbytes + rows.nbytes
-    by_slot = on_device(weights)
+    m = Moves(x, ids, torch.rand(tokens, top_k, device=clock.device), experts)
+    given, moved, by_slot, slots = on_device(x), on_device(m.rows), on_device(m.weights), on_device(ids)
+    plan, case, nbytes = m.plan, f"[{tokens}, {hidden}] bfloat16, {top_k} of {experts}", x.nbytes + m.rows.nbytes
     return [
         Problem("permute", case, nbytes, 0, [
-            Column("pyroute", [lambda: pyroute.permute(given, plan)]), peers.index_rows(x, token_of),
-        ], same(rows), (share_of_copy("pyroute", 0.85),)),
+            Column("pyroute", [lambda: pyroute.permute(given, plan)], kind="exact", read=tensor),
+            Column("pyroute, plan included", [lambda: pyroute.permute(given, pyroute.plan_routes(slots, experts))],
+                   kind="exact", read=tensor),
+            *columns("permute", m, everyone),
+        ], lambda name, got: worst_row(got, m.rows), (share_of_copy("pyroute", 0.85),)),
         Problem("unpermute", case, nbytes, 0, [
-            Column("pyroute", [lambda: pyroute.unpermute(moved, plan, by_slot)]),
-            peers.weighted_sum(rows, row_of, weights),
-        ], same(summed), (share_of_copy("pyroute", 0.85),), 8e-3),
-        Problem("permute_quantize", case, x.nbytes + rows.numel() + rows.numel() // 32, 0, [
-            Column("pyroute", [lambda: pyroute.permute_quantize(given, plan)]),
-            Column("pyroute cast, then permute", [lambda: pyroute.permute(pyroute.quantize_fp8(given), plan)]),
-            Column("pyroute permute, then cast", [lambda: pyroute.quantize_fp8(pyroute.permute(given, plan))]),
+            Column("pyroute", [lambda: pyroute.unpermute(moved, plan, by_slot)], read=tensor),
+            *columns("unpermute", m, everyone),
+        ], lambda name, got: worst_row(got, m.sums), (share_of_copy("pyroute", 0.85),)),
+        Problem("permute_quantize", case, x.nbytes + m.rows.numel() + m.rows.numel() // 32, 0, [
+            Column("pyroute", [lambda: pyroute.permute_quantize(given, plan)], kind="exact"),
+            Column("pyroute cast, then permute", [lambda: pyroute.permute(pyroute.quantize_fp8(given), plan)],
+                   kind="exact"),
+            Column("pyroute permute, then cast", [lambda: pyroute.quantize_fp8(pyroute.permute(given, plan))],
+                   kind="exact"),
         ], _same_codes(given, plan), (
             faster("pyroute", "pyroute cast, then permute", 1.0), faster("pyroute", "pyroute permute, then cast", 3.0),
             share_of_copy("pyroute", 0.85),
@@ -168,13 +142,7 @@ def moves(clock: Clock, sizes: Sizes) -> list[Problem]:
     ]  # fmt: skip
 
 
-def _sums(rows: torch.Tensor, row_of: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """In parts: float32 rows of every slot would fill the card."""
-    parts = zip(row_of.split(512), weights.split(512), strict=True)
-    return torch.cat([(rows[r].float() * w[..., None]).sum(dim=1) for r, w in parts])
-
-
-def _same_codes(x: DeviceArray, plan: Any) -> Callable[[str, Any], float]:
+def _same_codes(x: Any, plan: Any) -> Callable[[str, Any], float]:
     exact = pyroute.quantize_fp8(pyroute.permute(x, plan))
 
     def check(name: str, got: Any) -> float:
@@ -188,120 +156,67 @@ def _same_codes(x: DeviceArray, plan: Any) -> Callable[[str, Any], float]:
 # --- grouped GEMM -----------------------------------------------------------------------------------------------------
 
 
-def fp8(x: torch.Tensor, block: tuple[int, int], offsets: Any = None) -> Fp8Array:
-    return pyroute.quantize_fp8(on_device(x), block=block, expert_offsets=offsets)
-
-
-def offsets_of(clock: Clock, experts: int, rows: int) -> torch.Tensor:
-    return torch.arange(experts + 1, device=clock.device, dtype=torch.int64) * rows
-
-
-@dataclasses.dataclass
-class Operands:
-    """Rows [E * rows, K] and weights [E, N, K] in bfloat16 and FP8."""
-
-    a: torch.Tensor
-    w: torch.Tensor
-    offsets: torch.Tensor
-    rows: int
-
-    @functools.cached_property
-    def a8(self) -> Fp8Array:
-        return fp8(self.a, (1, 128))
-
-    @functools.cached_property
-    def w8(self) -> Fp8Array:
-        return fp8(self.w, (128, 128))
-
-    def exact(self, n: int = 64) -> torch.Tensor:
-        """Some rows of the product of the bfloat16 operands, in float64."""
-        expert = self.sample // self.rows
-        return torch.stack(
-            [self.w[e, :n].double() @ self.a[r].double() for r, e in zip(self.sample, expert, strict=True)]
-        )
-
-    @property
-    def sample(self) -> torch.Tensor:
-        return torch.linspace(0, self.a.shape[0] - 1, 32, device=self.a.device).long()
-
-
-def operands(clock: Clock, experts: int, rows: int, n: int, k: int) -> Operands:
+def operands(clock: Clock, experts: int, rows: int, n: int, k: int) -> Products:
     a = torch.randn(experts * rows, k, device=clock.device).to(torch.bfloat16)
     w = torch.empty(experts, n, k, dtype=torch.bfloat16, device=clock.device).normal_(0, k**-0.5)
-    return Operands(a, w, offsets_of(clock, experts, rows), rows)
+    return Products(a, w, rows)
 
 
-def prefill(clock: Clock, sizes: Sizes) -> list[Problem]:
-    shapes = [(2, 64, 128, 256)] if sizes.quick else [
+def prefill(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
+    shapes = [(2, 128, 128, 256)] if sizes.quick else [
         (experts, rows, n, k) for experts, rows in ((4, 8192), (8, 4096)) for n, k in ((4096, 7168), (7168, 2048))
     ]  # fmt: skip
-    return [_gemm(clock, "prefill", *shape) for shape in shapes]
+    return [_gemm(clock, "prefill", *shape, everyone) for shape in shapes]
 
 
-def decode(clock: Clock, sizes: Sizes) -> list[Problem]:
+def decode(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
     shapes = [(4, 8, 128, 256)] if sizes.quick else [
         (32, rows, n, k) for rows in (4, 32) for n, k in ((4096, 7168), (7168, 2048))
     ]  # fmt: skip
-    return [_gemm(clock, "decode", *shape) for shape in shapes]
+    return [_gemm(clock, "decode", *shape, everyone) for shape in shapes]
 
 
-def _gemm(clock: Clock, op: str, experts: int, rows: int, n: int, k: int) -> Problem:
-    o = operands(clock, experts, rows, n, k)
-    offsets, a16, w16 = on_device(o.offsets), on_device(o.a), on_device(o.w)
-    total, exact = experts * rows, o.exact()
-
-    def check(name: str, got: Any) -> float:
-        d = tensor(got) if name.startswith("pyroute") else got
-        return relative(d.reshape(total, n)[o.sample][:, :64], exact)
-
-    columns = [
-        Column("pyroute FP8", [lambda: pyroute.grouped_gemm(o.a8, o.w8, offsets)]),
-        Column("pyroute bfloat16", [lambda: pyroute.grouped_gemm(a16, w16, offsets)]),
-        *peers.gemm(o),
-    ]
-    flops, nbytes = 2 * total * n * k, experts * n * k + total * (k + 2 * n)
-    deep_gemm = faster("pyroute FP8", "DeepGEMM", 1.0)
-    bars = (
-        (tflops("pyroute FP8", 1000), deep_gemm) if op == "prefill" else (share_of_copy("pyroute FP8", 0.8), deep_gemm)
-    )
-    return Problem(op, f"{experts} x {rows} x N{n} K{k}", nbytes, flops, columns, check, bars, 5e-2)
+def _gemm(clock: Clock, op: str, experts: int, rows: int, n: int, k: int, everyone: Peers) -> Problem:
+    p = operands(clock, experts, rows, n, k)
+    offsets, a16, w16 = on_device(p.offsets), on_device(p.a), on_device(p.w)
+    made = [
+        Column("pyroute FP8", [lambda: pyroute.grouped_gemm(p.a8, p.w8, offsets)], kind="fp8", read=tensor),
+        Column("pyroute FP8, cast included", [lambda: pyroute.grouped_gemm(pyroute.quantize_fp8(a16), p.w8, offsets)],
+               kind="fp8", read=tensor),
+        Column("pyroute bfloat16", [lambda: pyroute.grouped_gemm(a16, w16, offsets)], read=tensor),
+        *columns("gemm", p, everyone),
+    ]  # fmt: skip
+    flops, nbytes = 2 * experts * rows * n * k, experts * n * k + experts * rows * (k + 2 * n)
+    held = tflops("pyroute FP8", 1000) if op == "prefill" else share_of_copy("pyroute FP8", 0.8)
+    bars, case = (held, faster("pyroute FP8", "DeepGEMM", 1.0)), f"{experts} x {rows} x N{n} K{k}"
+    return Problem(op, case, nbytes, flops, made, lambda name, got: p.error(got), bars)
 
 
-def gradients(clock: Clock, sizes: Sizes) -> list[Problem]:
+def gradients(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
     experts, rows, n, k = (2, 128, 128, 256) if sizes.quick else (4, 8192, 4096, 7168)
-    o = operands(clock, experts, rows, n, k)
-    grad = torch.randn(experts * rows, n, device=clock.device).to(torch.bfloat16)
-    offsets, flops = on_device(o.offsets), 2 * experts * rows * n * k
-    g8, along_g, along_a = fp8(grad, (1, 128)), fp8(grad, (128, 1), offsets), fp8(o.a, (128, 1), offsets)
-    last = slice((experts - 1) * rows, None)
-    of_a = grad[last][:32].double() @ o.w[-1, :, :64].double()
-    of_w = grad[last, :64].double().T @ o.a[last].double()
-    case = f"{experts} x {rows} x N{n} K{k}"
-
-    def of_rows(name: str, got: Any) -> float:
-        return relative((tensor(got) if name.startswith("pyroute") else got)[last][:32, :64], of_a)
-
-    def of_weights(name: str, got: Any) -> float:
-        return relative((tensor(got) if name.startswith("pyroute") else got)[-1, :64], of_w)
-
-    ours_a = lambda: pyroute.grouped_gemm_dgrad(g8, o.w8, offsets, out_dtype="bfloat16")  # noqa: E731
-    ours_w = lambda: pyroute.grouped_gemm_wgrad(along_g, along_a, offsets)  # noqa: E731
+    p = operands(clock, experts, rows, n, k)
+    offsets, case, flops = on_device(p.offsets), f"{experts} x {rows} x N{n} K{k}", 2 * experts * rows * n * k
+    g8, along_g, along_a = fp8(p.grad, (1, 128)), *(fp8(x, (128, 1), offsets) for x in (p.grad, p.a))
+    of_a = lambda: pyroute.grouped_gemm_dgrad(g8, p.w8, offsets, out_dtype="bfloat16")  # noqa: E731
+    ours = functools.partial(Column, "pyroute FP8", kind="fp8", read=tensor)
+    of_w = lambda: pyroute.grouped_gemm_wgrad(along_g, along_a, offsets)  # noqa: E731
     return [
-        Problem("dgrad", case, 0, flops, [Column("pyroute FP8", [ours_a]), *peers.dgrad(o, grad)], of_rows,
-                (tflops("pyroute FP8", 1000),), 5e-2),
-        Problem("wgrad", case, 0, flops, [Column("pyroute FP8", [ours_w]), *peers.wgrad(o, grad)], of_weights,
-                (tflops("pyroute FP8", 800), faster("pyroute FP8", "DeepGEMM", 1.0)), 5e-2),
+        Problem("dgrad", case, 0, flops, [ours([of_a]), *columns("dgrad", p, everyone)],
+                lambda name, got: p.error_of_rows(got), (tflops("pyroute FP8", 1000),)),
+        Problem("wgrad", case, 0, flops, [ours([of_w]), *columns("wgrad", p, everyone)],
+                lambda name, got: p.error_of_weights(got),
+                (tflops("pyroute FP8", 800), faster("pyroute FP8", "DeepGEMM", 1.0))),
     ]  # fmt: skip
 
 
 # --- layer ------------------------------------------------------------------------------------------------------------
 
 
-def training(clock: Clock, sizes: Sizes) -> list[Problem]:
-    """Forward and backward of the routed experts; FP8 weights' codes are made once an optimizer step and not timed."""
+def layer_inputs(clock: Clock, sizes: Sizes) -> tuple[Layer, str, int]:
+    """With their name, and the operations of a forward pass."""
     tokens, hidden, inner, experts = sizes.tokens, sizes.hidden, sizes.intermediate, sizes.local_experts
     top_k = 2 if sizes.quick else 8
-    ids, _ = _routed(clock, tokens, experts, top_k)
+    ids = torch.rand(tokens, experts, device=clock.device).topk(top_k, dim=1).indices.to(torch.int32)
 
     def parameter(*shape: int) -> torch.Tensor:
         made = torch.empty(shape, device=clock.device, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5)
@@ -309,38 +224,50 @@ def training(clock: Clock, sizes: Sizes) -> list[Problem]:
 
     x = torch.randn(tokens, hidden, device=clock.device).to(torch.bfloat16).requires_grad_()
     weights = torch.rand(tokens, top_k, device=clock.device).softmax(dim=1).requires_grad_()
-    w_gate_up, w_down = parameter(experts, 2 * inner, hidden), parameter(experts, hidden, inner)
-    upstream = torch.randn_like(x)
-    given = (x, weights, w_gate_up, w_down)
+    p = Layer(x, ids, weights, parameter(experts, 2 * inner, hidden), parameter(experts, hidden, inner))
+    return p, f"T={tokens} E={experts} top-{top_k}", 6 * tokens * top_k * hidden * inner
 
-    def step(forward: Callable[..., torch.Tensor]) -> Callable[[], Any]:
-        def run() -> Any:
-            y = forward(x, ids, weights, w_gate_up, w_down)
-            return y.detach(), torch.autograd.grad(y, given, upstream)
 
-        return run
+def in_fp8(*given: torch.Tensor) -> torch.Tensor:
+    return moe_forward(*given, precision="fp8")
 
-    exact = peers.grouped_mm_layer(x, ids, weights, w_gate_up, w_down).detach() if clock.real else None
 
-    def check(name: str, got: Any) -> float:
-        return relative(got[0], exact) if exact is not None else 0.0
-
-    columns = [
-        Column("pyroute FP8", [step(lambda *args: moe_forward(*args, precision="fp8"))], graph=False),
-        Column("pyroute bfloat16", [step(moe_forward)], graph=False),
-        peers.layer(step) if clock.real else None,
+def layer(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
+    p, case, flops = layer_inputs(clock, sizes)
+    w8 = [fp8(w.detach(), (128, 128)) for w in (p.w_gate_up, p.w_down)]
+    x, weights, ids = (on_device(t.detach()) for t in (p.x, p.weights, p.ids))
+    codes = lambda: pyroute.moe_forward(x, ids, weights, *w8, quantize_activations=True)  # noqa: E731
+    made = [
+        Column("pyroute FP8", [codes], kind="fp8 layer", read=tensor),
+        _ours("pyroute bfloat16", p.forward(moe_forward)),
+        *columns("layer", p, everyone),
     ]
-    flops = 3 * 6 * tokens * top_k * hidden * inner
+    bars = (faster("pyroute FP8", ("vLLM FP8", "torch grouped_mm bfloat16"), 1.0),)
+    return [Problem("layer", case, 0, flops, made, lambda name, got: p.error(got), bars)]
+
+
+def training(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
+    """Forward and backward of the routed experts; FP8 weights' codes are made once an optimizer step and not timed."""
+    p, case, flops = layer_inputs(clock, sizes)
+    made = [
+        _ours("pyroute FP8", p.step(in_fp8), kind="fp8 layer"),
+        _ours("pyroute bfloat16", p.step(moe_forward)),
+        *columns("training", p, everyone),
+    ]
     bars = (faster("pyroute FP8", "torch grouped_mm bfloat16", 1.6),)
-    made = [column for column in columns if column is not None]
-    return [Problem("training", f"T={tokens} E={experts} top-{top_k}", 0, flops, made, check, bars, 8e-2)]
+    return [Problem("training", case, 0, 3 * flops, made, lambda name, got: p.error_of_step(got), bars)]
 
 
-ROWS: dict[str, Callable[[Clock, Sizes], Sequence[Problem]]] = {  # those of the CPU's table, as far as they apply
+def _ours(name: str, made: Any, kind: str = "bfloat16") -> Column:
+    return Column(name, made.calls, kind=kind, read=made.read, graph=made.graph)
+
+
+ROWS: dict[str, Callable[[Clock, Sizes, Peers], Sequence[Problem]]] = {  # of the CPU's table, as far as they apply
     "gate": gate,
     "permute": moves,
     "decode": decode,
     "prefill": prefill,
     "backward": gradients,
+    "layer": layer,
     "training": training,
 }

@@ -15,19 +15,25 @@ import pyroute
 
 from ...terminal import UsageError, duration, write_json
 from .. import bars, options, records, report
+from ..harness import Cell
+from . import peers
 from .cases import ROWS, Problem, Sizes
-from .clock import Clock, Column, ceilings, measure
+from .clock import Clock, Column, DeviceLostError, ceilings, measure
+
+NOT_HERE = ("model", "cold", "plot", "compare", "cost", "scaling", "parts", "columns", "threads")
 
 
 def bench(args: argparse.Namespace) -> int:
-    """The command: measure, show, write; 1 where pyroute itself failed or gave a wrong answer."""
+    """The command: measure, show, write; 1 where pyroute itself failed or gave a wrong answer, 130 if interrupted."""
+    if given := [f"--{name}" for name in NOT_HERE if getattr(args, name)]:
+        raise UsageError(f"bench --gpu does not take {', '.join(given)}")
     if not torch.cuda.is_available():
         raise UsageError("PyTorch finds no GPU here")
     options.check(args, rounds=30, quick_rounds=3)
     args.rows = options.some_of("OP", args.rows, list(ROWS))
     device = torch.device("cuda", torch.cuda.current_device())
-    about = facts(device)
-    outcomes = run(args, Clock(device), stream=sys.stderr if args.json == "-" else sys.stdout)
+    about, clock = facts(device), Clock(device)
+    outcomes, ended = run(args, clock, stream=sys.stderr if args.json == "-" else sys.stdout)
     lines = [line for outcome in outcomes for line in outcome.lines()]
     if args.json:
         write_json({**about, "lines": lines}, args.json)
@@ -35,7 +41,9 @@ def bench(args: argparse.Namespace) -> int:
         name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
         path = records.append(lines, about, records.ROOT / f"benches/results/{name}.jsonl")
         print(f"{len(lines)} lines added to {os.path.relpath(path)}", file=sys.stderr)
-    return 1 if failures(outcomes) else 0
+    if ended == "interrupted":
+        return 130
+    return 1 if ended or failures(outcomes) else 0
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -54,24 +62,32 @@ def facts(device: torch.device) -> dict[str, Any]:
 class Outcome:
     """A problem after its measurement."""
 
-    def __init__(self, problem: Problem, cells: list[Any], rates: dict[str, float]):
+    def __init__(self, problem: Problem, cells: list[Cell], rates: dict[str, float]):
         self.problem, self.cells, self.rates = problem, cells, rates
         seconds = {cell.name: cell.median for cell in cells if cell.timed}
         measured = bars.Measured(seconds, rates["bf16_tflops"] * 1e3, 0.0, 0.0, rates["copy_gbs"])
         self.bars = [(bar, bar.value(measured, problem)) for bar in problem.bars]
+
+    def share(self, cell: Cell) -> float:
+        """The least time that copying the bytes or multiplying takes, over this one."""
+        peak = self.rates.get("fp8_tflops" if "FP8" in cell.name else "bf16_tflops", self.rates["bf16_tflops"])
+        least = max(self.problem.nbytes / self.rates["copy_gbs"] / 1e9, self.problem.flops / peak / 1e12)
+        return least / cell.median
 
     def lines(self) -> list[dict[str, Any]]:
         """One record line per column; those that gave no time say why."""
         p = self.problem
         made = []
         for cell in self.cells:
-            line = {"op": p.op, "case": p.case, "column": cell.name, "backend": "cuda", "version": cell.version}
+            line: dict[str, Any] = {"op": p.op, "case": p.case, "column": cell.name, "backend": "cuda"}
+            line["version"] = cell.version
             line |= {"status": cell.status, "error": cell.error, "tolerance": cell.tolerance}
             if cell.note:
                 line["note"] = cell.note
             if cell.timed:
                 line |= {"median_s": cell.median, "p10_s": cell.percentile(10), "p90_s": cell.percentile(90)}
                 line |= {"rounds": len(cell.samples), "bytes": p.nbytes, "flops": p.flops}
+                line["share_of_limit"] = self.share(cell)
                 held = [report.bar_line(bar, value) for bar, value in self.bars if _column(bar) == cell.name]
                 line |= {"bars": held} if held else {}
             made.append(line | {"limits": self.rates})
@@ -84,7 +100,7 @@ def failures(outcomes: list[Outcome]) -> list[str]:
         f"{outcome.problem.op} {outcome.problem.case}, {cell.name}: {cell.note}"
         for outcome in outcomes
         for cell in outcome.cells
-        if cell.name.startswith("pyroute") and cell.status != "ok"
+        if cell.peer == "pyroute" and cell.status != "ok"
     ]
 
 
@@ -94,16 +110,21 @@ def _column(bar: bars.Bar) -> str:
 
 def show(outcome: Outcome, stream: Any) -> None:
     p = outcome.problem
+    ours = next((cell.median for cell in outcome.cells if cell.peer == "pyroute" and cell.timed), None)
     print(f"\n{p.op} {p.case}", file=stream)
     for cell in outcome.cells:
+        name = f"  {cell.name:38}"
         if not cell.timed:
-            print(f"  {cell.name:32} {cell.status}: {cell.note}", file=stream)
+            print(f"{name} {cell.version} {cell.status}: {cell.note}", file=stream)
             continue
         rate = (
             f"{p.flops / cell.median / 1e12:8.1f} TFLOP/s" if p.flops else f"{p.nbytes / cell.median / 1e9:8.0f} GB/s"
         )
-        spread = f"{duration(cell.percentile(10))} to {duration(cell.percentile(90))}"
-        print(f"  {cell.name:32} {duration(cell.median):>9} ({spread}) {rate}  {cell.note}", file=stream)
+        spread = f"{duration(cell.median):>9} ({duration(cell.percentile(10))} to {duration(cell.percentile(90))})"
+        ratio = f"{cell.median / ours:5.2f} of pyroute" if ours else ""
+        share = f"{outcome.share(cell):5.0%} of limit"
+        error = "exact" if not cell.error else f"error {cell.error:.0e}"
+        print(f"{name} {spread} {rate} {share} {ratio}  {error}  {cell.note}".rstrip(), file=stream)
     for bar, value in outcome.bars:
         held = report.bar_line(bar, value)
         verdict = "not measured" if held["met"] is None else "met" if held["met"] else "missed"
@@ -111,29 +132,41 @@ def show(outcome: Outcome, stream: Any) -> None:
         print(f"  bar {bar.text}: {bar.target:g} {bar.unit}, measured {got}: {verdict}", file=stream)
 
 
-def run(args: argparse.Namespace, clock: Clock, stream: Any) -> list[Outcome]:
-    """Row after row; the memory of one is free before the next."""
+def run(args: argparse.Namespace, clock: Clock, stream: Any) -> tuple[list[Outcome], str]:
+    """Row after row, the memory of one free before the next; and why it ended early, "" if it did not."""
     torch.manual_seed(20251122)
     rates = ceilings(clock, args.quick)
     print("limits: " + ", ".join(f"{name} {value:.0f}" for name, value in rates.items()), file=stream)
+    everyone = list(peers.load(peers.MODULES if args.peers else peers.ALWAYS))
+    print("\n".join(report.missing(everyone)), file=stream)
     outcomes: list[Outcome] = []
+    ended = ""
     for row in args.rows:
         try:
-            problems = list(ROWS[row](clock, Sizes(args.quick)))
-        except Exception as error:  # what the inputs need failed: the other rows go on
-            problems = [_failed(row, error)]
-        for problem in problems:
-            if args.case not in f"{problem.op} {problem.case}":
-                continue
-            cells = measure(problem.columns, clock, args.rounds, problem.check, problem.tolerance)
-            outcomes.append(Outcome(problem, cells, rates))
-            show(outcomes[-1], stream)
-            problem.columns.clear()
-        problems.clear()
+            for problem in problems(row, clock, args.quick, everyone):
+                if args.case in f"{problem.op} {problem.case}":
+                    cells = measure(problem.columns, clock, args.rounds, problem.check)
+                    outcomes.append(Outcome(problem, cells, rates))
+                    show(outcomes[-1], stream)
+                problem.columns.clear()
+        except KeyboardInterrupt:
+            ended = "interrupted"
+        except DeviceLostError as lost:
+            ended = f"the GPU can do no more in this process: {lost}"
+        if ended:
+            print(f"{ended}; the rows above are what had been measured", file=stream)
+            break
         gc.collect()
         if clock.real:
             torch.cuda.empty_cache()
-    return outcomes
+    return outcomes, ended
+
+
+def problems(row: str, clock: Clock, quick: bool, everyone: list[Any]) -> list[Problem]:
+    try:
+        return list(ROWS[row](clock, Sizes(quick), everyone))
+    except Exception as error:  # what the inputs need failed: the other rows go on
+        return [_failed(row, error)]
 
 
 def _failed(row: str, error: Exception) -> Problem:
