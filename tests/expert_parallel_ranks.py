@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import os
+import time
 from typing import Any, NamedTuple
 
 import torch
@@ -187,3 +189,56 @@ def check_replicas(case: Case, seed: int) -> None:
 def check_all_replicas(cases: list[tuple[Case, int]]) -> None:
     for case, seed in cases:
         check_replicas(case, seed)
+
+
+def die_in_step(victim: int, call: int, tokens: list[int]) -> None:
+    """A second step in which ``victim`` ends without a word instead of its ``call``-th collective."""
+    case = Case(tokens, 8, 2)
+    generator = torch.Generator().manual_seed(0)
+    whole, given = whole_layer(case, generator), batch(case, generator)
+    start = sum(case.tokens[: dist.get_rank()])
+    mine = slice(start, start + case.tokens[dist.get_rank()])
+    layer = ExpertParallel.from_experts(whole)
+    step(layer, given, mine)
+    if dist.get_rank() == victim:
+        real, left = dist.all_to_all_single, iter(range(call - 1))
+
+        def dying(*args: Any, **kwargs: Any) -> Any:
+            if next(left, None) is None:
+                os._exit(3)
+            return real(*args, **kwargs)
+
+        dist.all_to_all_single = dying
+    step(layer, given, mine)
+    step(layer, given, mine)
+
+
+def stop_in_step(victim: int) -> None:
+    """A step in which ``victim`` never arrives, though its process lives."""
+    case = Case([3] * dist.get_world_size(), 4, 1)
+    generator = torch.Generator().manual_seed(0)
+    layer = ExpertParallel.from_experts(whole_layer(case, generator))
+    if dist.get_rank() == victim:
+        time.sleep(3600)
+    step(layer, batch(case, generator), slice(0, 3))
+
+
+def construct(of_rank: list[dict[str, Any]]) -> None:
+    """A layer with some options, which differ between ranks."""
+    given = {"num_experts": 8, "hidden_size": 16, "intermediate_size": 8} | of_rank[dist.get_rank()]
+    given = {name: plan() if callable(plan) else plan for name, plan in given.items()}
+    ExpertParallel(**given)
+
+
+def call(of_rank: list[dict[str, Any]]) -> tuple[str, bool]:
+    """What a call with some arguments raises, which differ between ranks; and whether the next call works."""
+    layer = ExpertParallel(8, 16, 8)
+    x, ids = torch.ones(4, 16), torch.zeros(4, 2, dtype=torch.int64)
+    given = {"x": x, "topk_idx": ids, "topk_weights": torch.ones(4, 2)} | of_rank[dist.get_rank()]
+    error = ""
+    try:
+        with torch.set_grad_enabled(bool(given.pop("grad", True))):
+            layer(**given)
+    except (TypeError, ValueError, RuntimeError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    return error, bool(layer(x, ids, torch.ones(4, 2)).isfinite().all())

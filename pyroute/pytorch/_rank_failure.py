@@ -39,8 +39,9 @@ class FailureReport:
             self._store.set_timeout(timedelta(seconds=self._patience))
             lost = self._find_lost(f"pyroute/failure/{self._failures}")
         except RuntimeError:
-            keeper = "the launcher" if _launcher_keeps_store() else "global rank 0"
-            return RuntimeError(f"ExpertParallel: {keeper} is lost, whose store does not answer after {failed}")
+            return RuntimeError(
+                f"ExpertParallel: {self._keeper()} is lost, and the group's store with it, after {failed}"
+            )
         if not lost:
             return RuntimeError(f"ExpertParallel: no rank is lost, but {failed}")
         if self._rank in lost:
@@ -72,13 +73,18 @@ class FailureReport:
         while not self._store.check(keys) and time.monotonic() < deadline:
             time.sleep(_POLL)
 
+    def _keeper(self) -> str:
+        """Who keeps the store, if it is not a file: global rank 0, or under torchrun its agent."""
+        if _launcher_keeps_store():
+            return "the launcher"
+        return f"rank {self._name(self._global_ranks.index(0))}" if 0 in self._global_ranks else "global rank 0"
+
     def _name(self, rank: int) -> str:
         other = self._global_ranks[rank]
         return str(rank) if other == rank else f"{rank} (global rank {other})"
 
 
 def _launcher_keeps_store() -> bool:
-    """Under torchrun the store lives in its agent."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
