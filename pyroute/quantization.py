@@ -11,6 +11,7 @@ import numpy as np
 from . import _backend, _check
 from ._array import quantization as _array
 from ._device import arrays as _arrays
+from ._device import grouped_gemm as _device_gemm
 from ._device import quantization as _device
 
 Array = Any
@@ -88,6 +89,11 @@ class Fp8Array:
         ``expert_offsets[-1]`` on have no scale and are zero. On a GPU, where nothing waits for the offsets, ``scales``
         has as many rows as there can be, ``(rows + num_experts * (block[0] - 1)) // block[0]``; those behind are 1.
 
+    Attributes
+    ----------
+    codes_transposed : uint8 [..., cols, rows up to a multiple of 128] or None
+        Set by :meth:`with_transposed_codes`.
+
     Raises
     ------
     TypeError, ValueError
@@ -104,6 +110,7 @@ class Fp8Array:
     block: tuple[int, int] = (1, 128)
     format: Fp8Format = "e4m3"
     expert_offsets: Array | None = None
+    codes_transposed: Array | None = dataclasses.field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         _check.one_of("Fp8Array", "format", self.format, _FORMATS)
@@ -142,8 +149,9 @@ class Fp8Array:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales together."""
-        return int(self.codes.nbytes + self.scales.nbytes)
+        """Bytes of codes, transposed ones too, and scales."""
+        transposed = 0 if self.codes_transposed is None else self.codes_transposed.nbytes
+        return int(self.codes.nbytes + transposed + self.scales.nbytes)
 
     @property
     def row_block_starts(self) -> Array | None:
@@ -168,6 +176,24 @@ class Fp8Array:
     def dequantize(self, dtype: Any = "float32") -> Array:
         """:func:`dequantize_fp8` of this array."""
         return dequantize_fp8(self, dtype)
+
+    def with_transposed_codes(self) -> Fp8Array:
+        """The same array, for weights [E, N, K] that more than one dgrad will read.
+
+        Hopper's FP8 products need both operands along the contraction, so ``grouped_gemm_dgrad`` and ``moe_backward``
+        transpose the codes of such weights in every call. Given this array they read ``codes_transposed``, which is
+        made here, ``E * K * N`` bytes (N up to a multiple of 128), and give the same bytes. It does not follow later
+        changes of the codes: an array whose codes have been written to is to be made again. ``self`` where no kernel
+        reads transposed codes: on other cards, on the CPU, and for other types, blocks and sizes.
+        """
+        if _backend.choose("with_transposed_codes", None, self.codes, self.scales) != "cuda":
+            return self
+        copy = _device_gemm.transposed_codes(self)
+        if copy is None:
+            return self
+        q = unchecked_fp8(self.codes, self.scales, self.block, self.format, None)
+        object.__setattr__(q, "codes_transposed", copy)
+        return q
 
     def scales_column_major(self) -> Array:
         """The scales in the layout that Hopper's copy engine (TMA) reads, as DeepGEMM expects them.

@@ -67,31 +67,30 @@ bool are(const GemmOperand &a, ElementType type_a, const GemmOperand &b, Element
 
 constexpr ElementType bf16 = ElementType::bfloat16, e4m3 = ElementType::e4m3, e5m2 = ElementType::e5m2;
 
+// The tensor-core kernels of forward and dgrad for a pair of types.
+struct RowsKernels {
+    ElementType a, b;
+    const char *room, *forward, *forward_low, *dgrad, *dgrad_low; // null: there is none
+};
+constexpr RowsKernels rows_kernels[] = {
+    {bf16, bf16, "grouped_gemm_bf16", "grouped_gemm_bf16", "grouped_gemm_bf16_low", "grouped_gemm_bf16_dgrad",
+     "grouped_gemm_bf16_dgrad_low"},
+    {e4m3, e4m3, "grouped_gemm_fp8", "grouped_gemm_fp8", "grouped_gemm_fp8_low", "grouped_gemm_fp8_dgrad",
+     "grouped_gemm_fp8_dgrad_low"},
+    {bf16, e4m3, "grouped_gemm_mixed", "grouped_gemm_mixed", "grouped_gemm_mixed_low", "grouped_gemm_mixed_dgrad",
+     "grouped_gemm_mixed_dgrad_low"},
+    {e5m2, e4m3, "grouped_gemm_fp8", nullptr, nullptr, "grouped_gemm_e5m2_dgrad", "grouped_gemm_e5m2_dgrad_low"},
+};
+
 Choice mma_for_rows(const GroupedGemmArgs &args, bool transposed, bool low) {
-    const int rows = low ? 16 : 128;
-    const GemmOperand &a = args.a, &b = args.b;
-    if (!suits_mma(a, transposed ? args.n : args.k, false) || !suits_mma(b, args.k, transposed))
+    if (!suits_mma(args.a, transposed ? args.n : args.k, false) || !suits_mma(args.b, args.k, transposed))
         return {};
-    if (are(a, bf16, b, bf16))
-        return mma("grouped_gemm_bf16",
-                   transposed ? low ? "grouped_gemm_bf16_dgrad_low" : "grouped_gemm_bf16_dgrad"
-                   : low      ? "grouped_gemm_bf16_low"
-                              : "grouped_gemm_bf16",
-                   rows);
-    if (are(a, e4m3, b, e4m3))
-        return mma("grouped_gemm_fp8",
-                   transposed ? low ? "grouped_gemm_fp8_dgrad_low" : "grouped_gemm_fp8_dgrad"
-                   : low      ? "grouped_gemm_fp8_low"
-                              : "grouped_gemm_fp8",
-                   rows);
-    if (are(a, bf16, b, e4m3))
-        return mma("grouped_gemm_mixed",
-                   transposed ? low ? "grouped_gemm_mixed_dgrad_low" : "grouped_gemm_mixed_dgrad"
-                   : low      ? "grouped_gemm_mixed_low"
-                              : "grouped_gemm_mixed",
-                   rows, true);
-    if (are(a, e5m2, b, e4m3) && transposed)
-        return mma("grouped_gemm_fp8", low ? "grouped_gemm_e5m2_dgrad_low" : "grouped_gemm_e5m2_dgrad", rows);
+    for (const RowsKernels &kernels : rows_kernels)
+        if (are(args.a, kernels.a, args.b, kernels.b)) {
+            const bool mixed = kernels.a == bf16 && kernels.b != bf16;
+            return low ? mma(kernels.room, transposed ? kernels.dgrad_low : kernels.forward_low, 16, mixed)
+                       : mma(kernels.room, transposed ? kernels.dgrad : kernels.forward, 128, mixed);
+        }
     return {};
 }
 
@@ -125,13 +124,14 @@ template <class Args> void launch_tiles(const Stream &stream, const Choice &choi
     launch(stream, choice.room, choice.kernel, {num_blocks(tiles), choice.threads, choice.shared_bytes}, args);
 }
 
-void multiply(const Stream &stream, GroupedGemmArgs args, Restarts restarts, void *workspace, bool transposed) {
+void multiply(const Stream &stream, GroupedGemmArgs args, Restarts restarts, bool transposed,
+              const uint8_t *b_transposed, void *workspace) {
     const int64_t num_cols = transposed ? args.k : args.n;
     check_sizes(args.num_rows, args.n, args.k);
     if (args.num_rows == 0 || num_cols == 0)
         return;
     if (!general_is_wanted() && sm90::serves(device_info(stream.device), args, transposed))
-        return sm90::grouped_gemm(stream, args, transposed, workspace);
+        return sm90::grouped_gemm(stream, args, transposed, b_transposed, workspace);
     const Choice choice = for_rows(args, transposed);
     Cutter cutter(workspace);
     const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts,
@@ -144,12 +144,22 @@ void multiply(const Stream &stream, GroupedGemmArgs args, Restarts restarts, voi
 
 } // namespace
 
+bool grouped_gemm_wants_transposed(int device, const GemmOperand &b, int64_t num_experts, int64_t n, int64_t k) {
+    return !general_is_wanted() && sm90::wants_transposed(device_info(device), b, num_experts, n, k);
+}
+
+void grouped_gemm_transpose(const Stream &stream, const GemmOperand &b, int64_t num_experts, int64_t n, int64_t k,
+                            uint8_t *to) {
+    sm90::transpose_weights(stream, b, num_experts, n, k, to);
+}
+
 // Enough for either path: where `out` will lie is not known yet, and Hopper's may ask for its alignment.
-size_t grouped_gemm_workspace(const Stream &stream, const GroupedGemmArgs &args, bool transposed) {
+size_t grouped_gemm_workspace(const Stream &stream, const GroupedGemmArgs &args, bool transposed,
+                              const uint8_t *b_transposed) {
     Cutter cutter(nullptr);
     cut_plan(cutter, args.num_rows, args.num_experts, for_rows(args, transposed).tile_rows);
     if (sm90::serves(device_info(stream.device), args, transposed))
-        return std::max(cutter.size(), sm90::workspace(args, transposed));
+        return std::max(cutter.size(), sm90::workspace(args, transposed, b_transposed));
     return cutter.size();
 }
 
@@ -162,11 +172,12 @@ size_t grouped_gemm_wgrad_workspace(const Stream &stream, const GroupedGemmWgrad
 }
 
 void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, Restarts restarts, void *workspace) {
-    multiply(stream, args, restarts, workspace, false);
+    multiply(stream, args, restarts, false, nullptr, workspace);
 }
 
-void grouped_gemm_dgrad(const Stream &stream, const GroupedGemmArgs &args, Restarts restarts, void *workspace) {
-    multiply(stream, args, restarts, workspace, true);
+void grouped_gemm_dgrad(const Stream &stream, const GroupedGemmArgs &args, Restarts restarts,
+                        const uint8_t *b_transposed, void *workspace) {
+    multiply(stream, args, restarts, true, b_transposed, workspace);
 }
 
 void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &given, Restarts restarts, void *workspace) {

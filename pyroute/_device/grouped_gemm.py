@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from .. import _check
 from . import arrays
 
@@ -29,11 +31,13 @@ def _native(x: Operand) -> tuple[Any, ...]:
 
 def grouped_gemm(a: Operand, b: Operand, expert_offsets: Array, out: Array, transposed: bool) -> None:
     """Rows of ``a`` times their experts' ``b``, or with ``transposed`` times ``b`` transposed (dgrad), into ``out``."""
+    copy = arrays.pointer(getattr(b, "codes_transposed", None)) if transposed else 0
     place = arrays.place(out)
     operands = (_native(a), _native(b))
     out_type = _TYPES[_check.DTYPE_NAMES[out.dtype]]
     sizes = (a.shape[0], *b.shape)
-    workspace = arrays.workspace(out, _cuda().grouped_gemm_workspace(*place, *operands, out_type, *sizes, transposed))
+    num_bytes = _cuda().grouped_gemm_workspace(*place, *operands, out_type, *sizes, transposed, copy)
+    workspace = arrays.workspace(out, num_bytes)
     _cuda().grouped_gemm(
         *place,
         *operands,
@@ -42,8 +46,22 @@ def grouped_gemm(a: Operand, b: Operand, expert_offsets: Array, out: Array, tran
         out_type,
         *sizes,
         transposed,
+        copy,
         arrays.pointer(workspace),
     )
+
+
+def transposed_codes(b: Operand) -> Array | None:
+    """Of FP8 weights [E, N, K] that dgrad reads along N: uint8 [E, K, N up to a multiple of 128]. None of others."""
+    if b.ndim != 3:
+        return None
+    place, operand = arrays.place(b.codes), _native(b)
+    if not _cuda().grouped_gemm_wants_transposed(place.device, operand, *b.shape):
+        return None
+    experts, n, k = b.shape
+    copy = arrays.empty(b.codes, (experts, k, -(-n // 128) * 128), np.uint8)
+    _cuda().grouped_gemm_transpose(*place, operand, *b.shape, arrays.pointer(copy))
+    return copy
 
 
 def grouped_gemm_wgrad(grad_out: Operand, a: Operand, expert_offsets: Array, out: Array, accumulate: bool) -> None:

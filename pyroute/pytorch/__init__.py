@@ -1,6 +1,6 @@
 """PyTorch on the core: ops with gradients that compile, and the modules made of them. Importing it imports torch."""
 
-from ._fp8_weights import forget_fp8_weights
+from ._fp8_weights import forget_fp8_weights, keep_transposed_weights
 from .checkpoints import Fp8Experts, load_experts
 from .expert_parallel import ExpertParallel, expert_parallel_parameters, reduce_expert_gradients
 from .experts import GroupedExperts, MoELayer, SharedExpert, set_precision
@@ -28,6 +28,7 @@ __all__ = [
     "expert_parallel_parameters",
     "forget_fp8_weights",
     "grouped_gemm",
+    "keep_transposed_weights",
     "load_experts",
     "moe_forward",
     "permute",

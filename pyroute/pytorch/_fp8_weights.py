@@ -21,16 +21,19 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._check import one_of
 from ..quantization import Fp8Array, quantize_fp8
 from ._tensors import array, captures, stream_of
 
 BLOCK = (128, 128)
 
+_keeps_transposed = False
+
 _forms: Any = WeakIdKeyDictionary()  # storage: {place: (version, form)}
 _lock = threading.Lock()
 
 
-def fp8_weight(function: str, argument: str, w: Tensor, scale_format: Any) -> Fp8Array:
+def fp8_weight(function: str, argument: str, w: Tensor, scale_format: Any, for_dgrad: bool = False) -> Fp8Array:
     """``w`` in e4m3 with 128x128 blocks."""
     if w.is_inference() or captures(w):  # an inference tensor has no version counter
         return quantize_fp8(array(function, argument, w), block=BLOCK, scale_format=scale_format)
@@ -39,12 +42,30 @@ def fp8_weight(function: str, argument: str, w: Tensor, scale_format: Any) -> Fp
     place = (w.data_ptr(), w.dtype, w.shape, w.stride(), scale_format, stream_of(w))
     with _lock:
         known = _forms.setdefault(storage, {}).get(place)
-    if known is not None and known[0] == version:
-        return known[1]
-    form = quantize_fp8(array(function, argument, w), block=BLOCK, scale_format=scale_format)
+    form = known[1] if known is not None and known[0] == version else None
+    keeps = for_dgrad and _keeps_transposed
+    if form is not None and not (keeps and form.codes_transposed is None):
+        return form
+    if form is None:
+        form = quantize_fp8(array(function, argument, w), block=BLOCK, scale_format=scale_format)
+    if keeps:
+        form = form.with_transposed_codes()
     with _lock:
         _forms.setdefault(storage, {})[place] = (version, form)
     return form
+
+
+def keep_transposed_weights(keep: bool = True) -> None:
+    """Whether ``precision="fp8"`` keeps the weights' codes transposed too, which dgrad reads on a Hopper GPU.
+
+    By default every backward pass transposes them, one weight after another, into memory that it gives back. Kept, they
+    are made by the first backward pass after a weight has changed, once for all micro-batches of a step, and take one
+    more byte for each element of the weights. The results are the same bytes; other cards and the CPU keep nothing.
+    """
+    global _keeps_transposed
+    _keeps_transposed = one_of("keep_transposed_weights", "keep", keep, (True, False))
+    if not keep:
+        forget_fp8_weights()
 
 
 def forget_fp8_weights() -> None:

@@ -93,24 +93,31 @@ def _autocast(dtype: torch.dtype, x: Tensor, *args: Any) -> tuple[Any, ...]:
     return (x, ids, weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down, *options)
 
 
-def _weight(function: str, argument: str, w: Tensor, scales: Tensor | None, block: Any, precision: str) -> Any:
+def _weight(
+    function: str, argument: str, w: Tensor, scales: Tensor | None, block: Any, precision: str, for_dgrad: bool
+) -> Any:
     if scales is not None:
         return fp8_array(function, argument, w, scales, block)
-    return fp8_weight(function, argument, w, SCALE_FORMATS[precision]) if precision else array(function, argument, w)
+    if precision:
+        return fp8_weight(function, argument, w, SCALE_FORMATS[precision], for_dgrad)
+    return array(function, argument, w)
 
 
 def _arguments(
-    function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]
+    function: str, tensors: tuple[Any, ...], options: tuple[Any, ...], wanted: list[str] | None = None
 ) -> tuple[tuple[Any, ...], Any, Any, Any]:
-    """The core's positional arguments, its biases, and the format of quantised activations or False."""
+    """The core's positional arguments, its biases, and the format of quantised activations or False.
+
+    ``wanted``: the gradients that these are for; that of x takes a dgrad by w_gate_up, each takes one by w_down.
+    """
     block, down_block, *_, quantize, precision = options
     x, topk_idx, topk_weights, w_gate_up, scales, w_down, down_scales, b_gate_up, b_down = tensors
     positional = (
         array(function, "x", x),
         ids_array(function, "topk_idx", topk_idx),
         float32_array(function, "topk_weights", topk_weights),
-        _weight(function, "w_gate_up", w_gate_up, scales, block, precision),
-        _weight(function, "w_down", w_down, down_scales, down_block, precision),
+        _weight(function, "w_gate_up", w_gate_up, scales, block, precision, "x" in (wanted or ())),
+        _weight(function, "w_down", w_down, down_scales, down_block, precision, wanted is not None),
     )
     biases = optional_array(function, "b_gate_up", b_gate_up), optional_array(function, "b_down", b_down)
     return positional, *biases, SCALE_FORMATS.get(precision) or quantize or False
@@ -170,7 +177,7 @@ def backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor
     function = "moe_backward"
     wanted = args[-1].split(",")
     _, _, activation, limit, alpha, weight_on, _, precision = args[9:-1]
-    positional, b_gate_up, b_down, quantize = _arguments(function, args[:9], args[9:-1])
+    positional, b_gate_up, b_down, quantize = _arguments(function, args[:9], args[9:-1], wanted)
     x, topk_idx, topk_weights, *weights = positional
     layer = check_layer(
         function, x, topk_idx, topk_weights, (weights[0], weights[1]), (b_gate_up, b_down), None,

@@ -383,6 +383,39 @@ def test_fp8_weights_belong_to_a_stream_and_not_to_a_graph(monkeypatch):
         assert len(made) == 6
 
 
+def test_transposed_codes_are_made_once_a_step():
+    """Three micro-batches, with and without: the same gradients; a write, and they are made again."""
+    layer = pt.GroupedExperts(E, H, INNER, precision="fp8").to(tensors.DEVICE)
+    batches = [[there(x) for x in (torch.randn(T, H), torch.randint(0, E, (T, K)), torch.rand(T, K))] for _ in range(3)]
+    for x, *_ in batches:
+        x.requires_grad_()
+
+    def step():
+        """Gradients, and how many transpositions of weights they took; wgrad transposes two operands a weight."""
+        layer.zero_grad()
+        emulated.launched()
+        for batch in batches:
+            layer(*batch).sum().backward()
+        made = emulated.launched().count("transpose_bytes") - 4 * len(batches)
+        return [p.grad.clone() for p in layer.parameters()], made
+
+    with gpu():
+        want, made = step()
+        assert made == 2 * len(batches)
+        pt.keep_transposed_weights()
+        try:
+            for again in (2, 0):
+                got, made = step()
+                assert made == again
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+            with torch.no_grad():
+                layer.down_proj.mul_(2)
+            assert step()[1] == 1
+        finally:
+            pt.keep_transposed_weights(False)
+        assert step()[1] == 2 * len(batches)
+
+
 def test_devices_do_not_mix():
     with pytest.raises(TypeError, match=r"^permute: row_to_token must be on meta as x, got int32 .* on cpu$"):
         pt.permute(torch.empty(T, H, device="meta"), plan_of())

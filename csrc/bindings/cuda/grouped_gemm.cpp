@@ -53,16 +53,30 @@ GroupedGemmWgradArgs wgrad_args(const OperandTuple &grad_out, const OperandTuple
 void bind_grouped_gemm(py::module_ &module) {
     module.def("grouped_gemm_workspace", [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b,
                                             int out_type, int64_t num_rows, int64_t num_experts, int64_t n, int64_t k,
-                                            bool transposed) {
+                                            bool transposed, uintptr_t b_transposed) {
         return grouped_gemm_workspace(stream_of(device, stream),
-                                      forward_args(a, b, 0, 0, out_type, num_rows, num_experts, n, k), transposed);
+                                      forward_args(a, b, 0, 0, out_type, num_rows, num_experts, n, k), transposed,
+                                      pointer<const uint8_t>(b_transposed));
     });
     module.def("grouped_gemm", [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b,
                                   uintptr_t expert_offsets, uintptr_t out, int out_type, int64_t num_rows,
-                                  int64_t num_experts, int64_t n, int64_t k, bool transposed, uintptr_t workspace) {
+                                  int64_t num_experts, int64_t n, int64_t k, bool transposed, uintptr_t b_transposed,
+                                  uintptr_t workspace) {
         const GroupedGemmArgs args = forward_args(a, b, expert_offsets, out, out_type, num_rows, num_experts, n, k);
-        const auto run = transposed ? grouped_gemm_dgrad : grouped_gemm;
-        run(stream_of(device, stream), args, {restarts(a), false}, pointer<void>(workspace));
+        const Stream on = stream_of(device, stream);
+        if (transposed)
+            grouped_gemm_dgrad(on, args, {restarts(a), false}, pointer<const uint8_t>(b_transposed),
+                               pointer<void>(workspace));
+        else
+            grouped_gemm(on, args, {restarts(a), false}, pointer<void>(workspace));
+    });
+    module.def("grouped_gemm_wants_transposed",
+               [](int device, const OperandTuple &b, int64_t num_experts, int64_t n, int64_t k) {
+                   return grouped_gemm_wants_transposed(device, operand(b), num_experts, n, k);
+               });
+    module.def("grouped_gemm_transpose", [](int device, uintptr_t stream, const OperandTuple &b, int64_t num_experts,
+                                            int64_t n, int64_t k, uintptr_t to) {
+        grouped_gemm_transpose(stream_of(device, stream), operand(b), num_experts, n, k, pointer<uint8_t>(to));
     });
     module.def("grouped_gemm_wgrad_workspace", [](int device, uintptr_t stream, const OperandTuple &grad_out,
                                                   const OperandTuple &a, bool accumulate, int64_t num_rows,

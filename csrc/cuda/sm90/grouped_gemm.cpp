@@ -82,15 +82,13 @@ TensorMap operand_map(const Stream &stream, ElementType type, const void *data, 
 
 int64_t padded(int64_t extent) { return blocks_of(extent, 128) * 128; }
 
-// dgrad's weights along their contraction: [experts, K, padded N]. A read and a write of b for every call; the weights
-// change once a step, so a caller that kept such a copy would save them.
-const uint8_t *transposed_weights(const Stream &stream, Cutter &cutter, const GroupedGemmArgs &args) {
+// dgrad's weights along their contraction: the caller's, or a read and a write of b for this call.
+const uint8_t *transposed_weights(const Stream &stream, Cutter &cutter, const GroupedGemmArgs &args,
+                                  const uint8_t *given) {
+    if (given)
+        return given;
     auto *const copy = cutter.take<uint8_t>(args.num_experts * args.k * padded(args.n));
-    const int64_t blocks = args.num_experts * blocks_of(args.n, 128);
-    launch(stream, room, "transpose_bytes",
-           {static_cast<uint32_t>(blocks_of(args.k, 128)), 256, 0, 1, static_cast<uint32_t>(blocks)},
-           TransposeArgs{static_cast<const uint8_t *>(args.b.data), copy, nullptr, nullptr, args.n, args.k,
-                         padded(args.n)});
+    transpose_weights(stream, args.b, args.num_experts, args.n, args.k, copy);
     return copy;
 }
 
@@ -133,15 +131,27 @@ bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed
            (!(fp8 && transposed) || args.num_experts * blocks_of(depth, 128) < 65536);
 }
 
-size_t workspace(const GroupedGemmArgs &args, bool transposed) {
+bool wants_transposed(const DeviceInfo &card, const GemmOperand &b, int64_t experts, int64_t n, int64_t k) {
+    return wanted(card) && is_fp8(b, 128, 128) && aligned(b.data) && multiples(16, {n, k}) && experts > 0 &&
+           small({n, experts * padded(k)}) && experts * blocks_of(n, 128) < 65536;
+}
+
+void transpose_weights(const Stream &stream, const GemmOperand &b, int64_t experts, int64_t n, int64_t k, uint8_t *to) {
+    launch(stream, room, "transpose_bytes",
+           {static_cast<uint32_t>(blocks_of(k, 128)), 256, 0, 1, static_cast<uint32_t>(experts * blocks_of(n, 128))},
+           TransposeArgs{static_cast<const uint8_t *>(b.data), to, nullptr, nullptr, n, k, padded(n)});
+}
+
+size_t workspace(const GroupedGemmArgs &args, bool transposed, const uint8_t *b_transposed) {
     Cutter cutter(nullptr);
     cut_plan(cutter, args.num_rows, args.num_experts, kernel_of(args, transposed).shape.rows);
-    if (transposed && args.a.type == ElementType::e4m3)
+    if (transposed && !b_transposed && args.a.type == ElementType::e4m3)
         cutter.take<uint8_t>(args.num_experts * args.k * padded(args.n));
     return cutter.size();
 }
 
-void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transposed, void *workspace) {
+void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transposed, const uint8_t *b_transposed,
+                  void *workspace) {
     if (args.num_rows == 0)
         return;
     const ProductKernel kernel = kernel_of(args, transposed);
@@ -153,8 +163,8 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     ProductArgs product = {};
     product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, depth, shape.rows / shape.cluster);
     if (transposed && shape.element == Element::e4m3)
-        product.b = operand_map(stream, args.b.type, transposed_weights(stream, cutter, args), args.num_experts * cols,
-                                padded(depth), shape.cols);
+        product.b = operand_map(stream, args.b.type, transposed_weights(stream, cutter, args, b_transposed),
+                                args.num_experts * cols, padded(depth), shape.cols);
     else
         product.b = operand_map(stream, args.b.type, args.b.data, args.num_experts * args.n, args.k,
                                 shape.transposed_b ? 64 : shape.cols);
