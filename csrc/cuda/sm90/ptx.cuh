@@ -41,9 +41,6 @@ PYROUTE_DEVICE FloatPair shared_f32_pair(SharedAddress from) { // a multiple of 
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(from));
     return v;
 }
-PYROUTE_DEVICE void set_shared_f32_pair(SharedAddress to, float x, float y) { // a multiple of 8
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to), "f"(x), "f"(y) : "memory");
-}
 PYROUTE_DEVICE void set_shared_u32(SharedAddress to, uint32_t value) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(to), "r"(value) : "memory");
 }
@@ -124,13 +121,6 @@ PYROUTE_DEVICE void store_tile(const TensorMap *map, int32_t x, int32_t y, Share
     asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x),
                  "r"(y), "r"(from)
                  : "memory");
-}
-// The same, added to what is there: one rounding per element.
-PYROUTE_DEVICE void add_tile(const TensorMap *map, int32_t x, int32_t y, SharedAddress from) {
-    asm volatile(
-        "cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
-        "r"(x), "r"(y), "r"(from)
-        : "memory");
 }
 // Closes the thread's open group of stores.
 PYROUTE_DEVICE void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -10,7 +10,7 @@ namespace emulator {
 // A part of a tile on its way. Stores read shared memory at some time between the asking and wait_stores(false), and
 // write global memory at some time before wait_stores(true).
 struct Tile {
-    enum Kind { load, bytes, store, add } kind;
+    bool stores; // or loads
     TensorMap map;
     int32_t x, y; // of the first row of this part
     uint32_t rows;
@@ -18,14 +18,12 @@ struct Tile {
     uint32_t address; // of the tile
     uint32_t first_row;
     uint32_t barrier;
-    const char *from; // of plain bytes
     const Thread *owner;
     bool committed, read;
     CopyTime time;
     std::vector<char> data;
 
     uint32_t row_bytes() const { return map.box_cols * map.item_bytes; }
-    bool is_store() const { return kind == store || kind == add; }
 };
 
 static std::vector<Tile> under_way;
@@ -77,24 +75,11 @@ static void read_shared(Tile &tile) {
     tile.read = true;
 }
 
-template <class Item, class Add> static void add_items(char *to, const char *items, size_t bytes, Add &&add) {
-    for (size_t i = 0; i < bytes; i += sizeof(Item)) {
-        Item a, b;
-        std::memcpy(&a, to + i, sizeof(Item));
-        std::memcpy(&b, items + i, sizeof(Item));
-        a = add(a, b);
-        std::memcpy(to + i, &a, sizeof(Item));
-    }
-}
-
 static void write_global(const Tile &tile) {
     for (uint32_t r = 0; r < tile.rows; ++r)
         for_the_part_inside(tile, int64_t{tile.y} + r, [&](char *to, size_t offset, size_t bytes) {
             const char *row = &tile.data[r * tile.row_bytes()] + offset;
-            if (tile.kind == Tile::store)
-                std::memcpy(to, row, bytes);
-            else
-                add_items<float>(to, row, bytes, [](float a, float b) { return a + b; });
+            std::memcpy(to, row, bytes);
         });
 }
 
@@ -110,19 +95,15 @@ static void write_shared(const Tile &tile) {
 }
 
 static void land(Tile tile) {
-    if (tile.is_store()) {
+    if (tile.stores) {
         if (!tile.read)
             read_shared(tile);
         return write_global(tile);
     }
     if (tile.block->exited == tile.block->num_threads)
         fail("a copy lands in block " + std::to_string(tile.block->index.x) + ", which has exited");
-    if (tile.kind == Tile::bytes)
-        std::memcpy(shared_pointer(*tile.block, tile.address, tile.rows, "load_bytes"), tile.from, tile.rows);
-    else
-        write_shared(tile);
-    barrier_complete(*tile.block, tile.barrier, tile.kind == Tile::bytes ? tile.rows : tile.rows * tile.row_bytes(),
-                     tile.time);
+    write_shared(tile);
+    barrier_complete(*tile.block, tile.barrier, tile.rows * tile.row_bytes(), tile.time);
 }
 
 static Tile take(size_t index) {
@@ -139,9 +120,9 @@ bool copies_under_way() { return !under_way.empty(); }
 void land_a_copy(bool must) {
     const auto any = [] { return random_below(static_cast<uint32_t>(under_way.size())); };
     uint32_t index = any();
-    for (uint32_t tries = 0; tries < 16 && under_way[index].is_store(); ++tries)
+    for (uint32_t tries = 0; tries < 16 && under_way[index].stores; ++tries)
         index = any();
-    if (must || !under_way[index].is_store() || random_below(64) == 0)
+    if (must || !under_way[index].stores || random_below(64) == 0)
         land(take(index));
 }
 
@@ -156,7 +137,7 @@ void copies_of_exiting_block(Block &block) {
     for (Tile &tile : under_way) {
         if (tile.block != &block)
             continue;
-        if (!tile.is_store())
+        if (!tile.stores)
             fail("exits as the last of its block while copies into the block's shared memory are under way");
         if (!tile.read)
             fail("exits as the last of its block before the block's stores have read its shared memory");
@@ -212,28 +193,12 @@ void load_tile(uint32_t to, const void *map, int32_t x, int32_t y, uint32_t barr
         }
 }
 
-void load_bytes(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
-    if (to % 16 || reinterpret_cast<uintptr_t>(from) % 16 || bytes % 16 || bytes == 0)
-        fail("load_bytes with an address or a size that is no multiple of 16");
-    Tile tile{};
-    tile.kind = Tile::bytes;
-    tile.rows = bytes;
-    tile.block = current->block;
-    tile.address = to;
-    tile.barrier = barrier;
-    tile.from = static_cast<const char *>(from);
-    char *place = shared_pointer(to, bytes, "load_bytes");
-    tile.time = watch_load(*tile.block, place, bytes, barrier);
-    std::memset(place, poison, bytes);
-    under_way.push_back(tile);
-}
-
-void store_tile(const void *map, int32_t x, int32_t y, uint32_t from, bool adds) {
-    const char *word = adds ? "add_tile" : "store_tile";
+void store_tile(const void *map, int32_t x, int32_t y, uint32_t from) {
+    const char *word = "store_tile";
     if (current->wrote_shared || !current->copies_see_all)
-        fail(std::string(word) + " of what was written without fence_shared_for_copies before the barrier");
+        fail("store_tile of what was written without fence_shared_for_copies before the barrier");
     Tile tile{};
-    tile.kind = adds ? Tile::add : Tile::store;
+    tile.stores = true;
     tile.map = checked_map(map, word);
     tile.x = x;
     tile.y = y;
@@ -242,8 +207,6 @@ void store_tile(const void *map, int32_t x, int32_t y, uint32_t from, bool adds)
     tile.address = from;
     tile.owner = current;
     check_address(from, word);
-    if (adds && tile.map.item_type != TensorMap::float32)
-        fail("add_tile is emulated for float32 only");
     const size_t bytes = size_t{tile.rows} * tile.row_bytes();
     copies_of(*current).open_stores.push_back(watch_store(shared_pointer(from, bytes, word), bytes));
     if (random_below(2))

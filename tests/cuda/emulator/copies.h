@@ -26,8 +26,7 @@ bool barrier_try_wait(uint32_t address, uint32_t parity);
 // Tiles. `map` is a tensor map as the driver made it.
 const TensorMap &checked_map(const void *map, const char *word);
 void load_tile(uint32_t to, const void *map, int32_t x, int32_t y, uint32_t barrier, uint32_t ranks);
-void store_tile(const void *map, int32_t x, int32_t y, uint32_t from, bool adds);
-void load_bytes(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier);
+void store_tile(const void *map, int32_t x, int32_t y, uint32_t from);
 void writes_shared(bool unfenced); // what copies do not see yet
 void commit_stores();
 void wait_stores(bool until_written);

@@ -22,12 +22,6 @@ inline FloatPair shared_f32_pair(SharedAddress from) {
         emulator::fail("shared_f32_pair with an address that is no multiple of 8");
     return emulated::in_shared<FloatPair>(from, "shared_f32_pair");
 }
-inline void set_shared_f32_pair(SharedAddress to, float x, float y) {
-    if (to % 8)
-        emulator::fail("set_shared_f32_pair with an address that is no multiple of 8");
-    emulated::in_shared<FloatPair>(to, "set_shared_f32_pair") = {x, y};
-    emulator::writes_shared(true);
-}
 inline void set_shared_u32(SharedAddress to, uint32_t value) {
     emulated::in_shared<uint32_t>(to, "set_shared_u32") = value;
     emulator::writes_shared(true);
@@ -58,10 +52,7 @@ inline void load_tile_to(SharedAddress to, const TensorMap *map, int32_t x, int3
     emulator::load_tile(to, map, x, y, barrier, ranks);
 }
 inline void store_tile(const TensorMap *map, int32_t x, int32_t y, SharedAddress from) {
-    emulator::store_tile(map, x, y, from, false);
-}
-inline void add_tile(const TensorMap *map, int32_t x, int32_t y, SharedAddress from) {
-    emulator::store_tile(map, x, y, from, true);
+    emulator::store_tile(map, x, y, from);
 }
 inline void commit_stores() { emulator::commit_stores(); }
 inline void wait_stores_read() { emulator::wait_stores(false); }

@@ -80,7 +80,6 @@ extern "C" __attribute__((visibility("default"))) CUresult cuTensorMapEncodeTile
     made.row_bytes = strides[0];
     made.box_cols = box[0];
     made.box_rows = box[1];
-    made.item_type = static_cast<uint32_t>(type);
     made.item_bytes = item_bytes(type);
     made.swizzle_bytes = swizzle ? 16u << swizzle : 0;
     std::memcpy(map, &made, sizeof(made));

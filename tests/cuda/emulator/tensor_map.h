@@ -9,15 +9,13 @@ namespace emulator {
 struct TensorMap {
     static constexpr uint64_t written = 0x70616d20726f736eu;
 
-    static constexpr uint32_t float32 = 7;
-
     uint64_t mark; // `written`
     char *data;
     uint64_t cols, rows, row_bytes;
     uint32_t box_cols, box_rows;
-    uint32_t item_type, item_bytes; // the driver's number of the type
-    uint32_t swizzle_bytes;         // 0: none
-    uint8_t unused[64];
+    uint32_t item_bytes;
+    uint32_t swizzle_bytes; // 0: none
+    uint8_t unused[72];
 
     // Where byte `offset` of a box lies in shared memory: the hardware exchanges 16-byte chunks by address bits.
     uint32_t place(uint32_t address) const {
