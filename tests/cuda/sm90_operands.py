@@ -15,6 +15,8 @@ from emulated import to_device
 from pyroute.quantization import unchecked_fp8
 
 E4M3, E5M2, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16
+ROWS = {"fp8": E4M3, "e5m2": E5M2, "bfloat16": BF16}  # of rows and gradients; FP8 weights are e4m3
+KINDS = list(ROWS)
 OUTS = {"bfloat16": BF16, "float32": np.float32}
 
 
@@ -34,6 +36,7 @@ class Operand:
     """Rows or weights on both sides: on the device, and as float64."""
 
     def __init__(self, values, scales=None, block=None, offsets=None):
+        kind = "e5m2" if values.dtype == E5M2 else "e4m3"
         self.exact = values.astype(np.float64)
         if scales is None:
             self.device = to_device(values)
@@ -48,7 +51,7 @@ class Operand:
                 self.exact[first:last] *= repeated(scales[start : start + count], block, last - first, cols)
                 start += count
         segments = None if offsets is None else to_device(np.asarray(offsets, np.int64))
-        self.device = unchecked_fp8(to_device(values), to_device(scales), block, "e4m3", segments)
+        self.device = unchecked_fp8(to_device(values), to_device(scales), block, kind, segments)
 
 
 def rows_and_weights(rng, kind, rows, experts, n, k, transposed=False):
@@ -57,7 +60,7 @@ def rows_and_weights(rng, kind, rows, experts, n, k, transposed=False):
         return Operand(small_integers(rng, (rows, depth), BF16)), Operand(small_integers(rng, (experts, n, k), BF16))
     blocks = -(-n // 128), -(-k // 128)
     return (
-        Operand(small_integers(rng, (rows, depth), E4M3), powers_of_two(rng, (rows, -(-depth // 128))), (1, 128)),
+        Operand(small_integers(rng, (rows, depth), ROWS[kind]), powers_of_two(rng, (rows, -(-depth // 128))), (1, 128)),
         Operand(small_integers(rng, (experts, n, k), E4M3), powers_of_two(rng, (experts, *blocks)), (128, 128)),
     )
 
@@ -80,6 +83,6 @@ def gradient_operands(rng, kind, offsets, rows, n, k):
     experts = len(offsets) - 1
     most = (rows + experts * 127) // 128  # what an Fp8Array on a device has
     return tuple(
-        Operand(small_integers(rng, (rows, cols), E4M3), powers_of_two(rng, (most, cols)), (128, 1), offsets)
-        for cols in (n, k)
+        Operand(small_integers(rng, (rows, cols), dtype), powers_of_two(rng, (most, cols)), (128, 1), offsets)
+        for cols, dtype in ((n, ROWS[kind]), (k, E4M3))
     )

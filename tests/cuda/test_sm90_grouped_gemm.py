@@ -15,7 +15,9 @@ from emulated import to_device, to_host
 from sm90_operands import (
     BF16,
     E4M3,
+    KINDS,
     OUTS,
+    ROWS,
     Operand,
     expected,
     gradient_operands,
@@ -41,12 +43,12 @@ def forward(rng, kind, offsets, n, k, rows=None, out="bfloat16", transposed=Fals
     emulated.launched()
     got = op(a.device, b.device, to_device(np.asarray(offsets, np.int64)), out_dtype=out)
     kernels = emulated.launched()
-    assert kernels[-1].startswith("fp8" if kind == "fp8" else "bf16"), kernels
+    assert kernels[-1].startswith("bf16" if kind == "bfloat16" else kind), kernels
     same_bytes(to_host(got), expected(a.exact, b.exact, offsets, rows, OUTS[out], transposed))
     return kernels[-1]
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 def test_ragged_experts_and_rows_past_the_last(kind, out):
     offsets = [0, 130, 130, 131, 258, 515, 643]
@@ -54,7 +56,7 @@ def test_ragged_experts_and_rows_past_the_last(kind, out):
     assert "_128" in name
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 def test_few_rows_an_expert(kind, out):
     name = forward(np.random.default_rng(1), kind, [0, 1, 64, 64, 129, 130, 130, 195, 196], 256, 384, out=out)
@@ -83,20 +85,20 @@ def test_columns_and_depths_that_are_no_tiles(kind, n, k):
     forward(np.random.default_rng(n), kind, [0, 128, 190, 260], n, k)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_many_tiles_for_each_block(kind):
     """Several tiles in a block's loop: stages, phases and staging go on from tile to tile."""
     forward(np.random.default_rng(2), kind, [0, 300, 428, 700, 1024], 384, 384)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 @pytest.mark.parametrize(("n", "k"), [(256, 384), (128, 208), (192, 128)])
 def test_dgrad(kind, out, n, k):
     forward(np.random.default_rng(3), kind, [0, 130, 130, 131, 400], n, k, rows=450, out=out, transposed=True)
 
 
-SHAPES = ("fp8_128_pair", "fp8_192", "fp8_192_pair")
+SHAPES = ("fp8_128_overlap", "fp8_128_pair", "fp8_192", "fp8_192_pair")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -135,11 +137,11 @@ def wgrad(rng, kind, offsets, n, k, rows=None, accumulate=False, spoil=False):
         want = want + old
     else:
         got = pyroute.grouped_gemm_wgrad(grad_out.device, a.device, given)
-    assert emulated.launched()[-1] == ("fp8" if kind == "fp8" else "bf16") + "_wgrad_product"
+    assert emulated.launched()[-1] == ("bf16" if kind == "bfloat16" else kind) + "_wgrad_product"
     same_bytes(to_host(got), want.astype(np.float32))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize(("n", "k"), [(256, 128), (80, 272), (16, 16)])
 def test_wgrad(kind, accumulate, n, k):
@@ -154,7 +156,7 @@ def test_wgrad_of_any_number_of_rows(kind, rows):
     wgrad(np.random.default_rng(rows), kind, [0, rows, rows + 70], 128, 128)
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_nothing_to_multiply(kind):
     rng = np.random.default_rng(5)
     forward(rng, kind, [0, 0, 0], 128, 128, rows=70)
@@ -167,11 +169,10 @@ def test_nothing_to_multiply(kind):
     assert not to_host(got).any()
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 def test_a_one_hot_row_is_a_row_of_weights(kind, out):
     """Values that tell expert, column and depth apart, where an error of the layout shows as another number."""
-    dtype = E4M3 if kind == "fp8" else BF16
     k, n, experts, rows = 256, 256, 2, 260
     hot = np.arange(rows) * 7 % k
     a = np.zeros((rows, k), np.float32)
@@ -180,27 +181,26 @@ def test_a_one_hot_row_is_a_row_of_weights(kind, out):
     b = ((col * 5 + depth * 3 + e * 11) % 31 - 15).astype(np.float32)
     offsets = [0, 129, 260]
     rng = np.random.default_rng(6)
-    if kind == "fp8":
-        weights = Operand(b.astype(dtype), powers_of_two(rng, (experts, 2, 2)), (128, 128))
-        one_hot = Operand(a.astype(dtype), powers_of_two(rng, (rows, 2)), (1, 128))
+    if kind == "bfloat16":
+        weights, one_hot = Operand(b.astype(BF16)), Operand(a.astype(BF16))
     else:
-        weights, one_hot = Operand(b.astype(dtype)), Operand(a.astype(dtype))
+        weights = Operand(b.astype(E4M3), powers_of_two(rng, (experts, 2, 2)), (128, 128))
+        one_hot = Operand(a.astype(ROWS[kind]), powers_of_two(rng, (rows, 2)), (1, 128))
     got = pyroute.grouped_gemm(one_hot.device, weights.device, to_device(np.asarray(offsets)), out_dtype=out)
     same_bytes(to_host(got), expected(one_hot.exact, weights.exact, offsets, rows, OUTS[out]))
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("out", ["bfloat16", "float32"])
 @pytest.mark.parametrize("experts", [1, 40])
 def test_nan_stays_in_its_row_and_is_canonical(kind, out, experts):
     """Full tiles and single rows, of 128 and of 64 rows."""
     rng = np.random.default_rng(7)
-    dtype = E4M3 if kind == "fp8" else BF16
-    values = small_integers(rng, (200, 128), dtype)
+    values = small_integers(rng, (200, 128), ROWS[kind])
     values[[3, 77, 199], [0, 5, 127]] = np.nan
-    weights = np.ones((experts, 128, 128), dtype)
+    weights = np.ones((experts, 128, 128), BF16 if kind == "bfloat16" else E4M3)
     offsets = to_device(np.asarray([0] + [200] * experts))
-    if kind == "fp8":
+    if kind != "bfloat16":
         a = Operand(values, np.ones((200, 1), np.float32), (1, 128)).device
         b = Operand(weights, np.ones((experts, 1, 1), np.float32), (128, 128)).device
     else:
@@ -211,16 +211,16 @@ def test_nan_stays_in_its_row_and_is_canonical(kind, out, experts):
     assert (got[[3, 77, 199]].view(bits) == nan).all()
 
 
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_wgrad_does_not_read_the_neighbours_nans(kind):
     rng = np.random.default_rng(8)
     offsets = [0, 70, 200]
-    dtype = E4M3 if kind == "fp8" else BF16
-    values = [small_integers(rng, (300, 128), dtype) for _ in range(2)]
+    wide = kind == "bfloat16"
+    values = [small_integers(rng, (300, 128), dtype) for dtype in (ROWS[kind], BF16 if wide else E4M3)]
     for x in values:
         x[70:200] = np.nan
         x[200:] = np.nan
-    if kind == "fp8":
+    if not wide:
         ones = np.ones(((300 + 2 * 127) // 128, 128), np.float32)
         grad_out, a = (Operand(x, ones, (128, 1), offsets).device for x in values)
     else:
@@ -291,7 +291,7 @@ def test_a_row_does_not_depend_on_its_batch(kind):
 
 
 @pytest.mark.parametrize("seed", range(6), indirect=True)
-@pytest.mark.parametrize("kind", ["fp8", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_order_of_threads_gives_the_same_bytes(kind, seed):
     rng = np.random.default_rng(12)
     forward(rng, kind, [0, 140, 270, 400], 256, 384)

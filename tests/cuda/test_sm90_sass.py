@@ -8,10 +8,12 @@ from collections import Counter
 import compiled
 import pytest
 
+OVERLAP = "fp8_128_overlap"
 FP8 = ("fp8_128", "fp8_128_pair", "fp8_192", "fp8_192_pair", "fp8_128_f32", "fp8_64", "fp8_64_f32")
+E5M2 = ("e5m2_128", "e5m2_128_f32", "e5m2_64", "e5m2_64_f32")
 BF16 = ("bf16_128", "bf16_128_f32", "bf16_64", "bf16_64_f32", "bf16_dgrad_128", "bf16_dgrad_128_f32")
-WGRAD = ("fp8_wgrad", "bf16_wgrad")
-PRODUCTS = FP8 + BF16 + WGRAD
+WGRAD = ("fp8_wgrad", "e5m2_wgrad", "bf16_wgrad")
+PRODUCTS = FP8 + E5M2 + BF16 + WGRAD  # with one set of sums
 
 
 def sass(name: str) -> str:
@@ -22,7 +24,7 @@ def sass(name: str) -> str:
 def test_instructions_of_a_product(name):
     text = sass(name)
     count = Counter(instruction.split(".")[0] for instruction in compiled.instructions(text))
-    fp8 = name.startswith("fp8")
+    fp8 = not name.startswith("bf16")
     # four products to a stage, the first one of which takes no sums where each stage has its own
     assert (count["QGMMA"], count["HGMMA"]) == ((4, 0) if fp8 else (0, 4))
     assert ("RZ, !UPT" in text) == fp8
@@ -48,7 +50,26 @@ def highest_register(text: str) -> int:
     return max(int(register) for register in re.findall(r"\bR(\d+)\b", text))
 
 
-@pytest.mark.parametrize("name", PRODUCTS)
+@pytest.mark.parametrize("name", [*FP8, OVERLAP, *E5M2, "fp8_wgrad", "e5m2_wgrad"])
+def test_formats(name):
+    formats = set(re.findall(r"QGMMA\.\S+\.F32\.(\S+)", sass(name)))
+    assert formats == {"E5M2.E4M3" if name.startswith("e5m2") else "E4M3.E4M3"}
+
+
+def test_a_stage_is_started_before_the_one_before_is_added():
+    text = sass(OVERLAP)
+    names = [name.split(".")[:2] for name in compiled.instructions(text)]
+    count = Counter(name[0] for name in names)
+    assert count["LDL"] == count["STL"] == 0
+    assert (count["QGMMA"], count["FFMA"]) == (16, 320)  # started in four places, added in five
+    order = [name for name in names if name[0] in ("QGMMA", "FFMA", "WARPGROUP")]
+    runs = ["".join(name[1:]) if name[0] == "WARPGROUP" else name[0] for name in order]
+    runs = [run for i, run in enumerate(runs) if i == 0 or run != runs[i - 1]]
+    first = ["ARRIVE", "QGMMA", "ARRIVE", "QGMMA", "DEPBAR", "FFMA", "ARRIVE", "QGMMA", "DEPBAR", "FFMA"]
+    assert runs[: len(first)] == first
+
+
+@pytest.mark.parametrize("name", [*PRODUCTS, OVERLAP])
 def test_registers_of_a_product(name):
     """ptxas reports what a thread starts with, 168: the highest one in the code is what setmaxnreg must cover."""
     text = sass(name)

@@ -48,7 +48,7 @@ struct TransposeArgs {
     int64_t rows, cols, to_pitch;
 };
 
-enum class Element { e4m3, bfloat16 };
+enum class Element { e4m3, e5m2, bfloat16 }; // of a and of b; e5m2: of a (grad_out), beside e4m3
 enum class Result { bfloat16, float32 };
 
 // A kernel of ProductArgs. `math` warpgroups multiply 64 rows each, one more (a single warp if math is 1) loads.
@@ -57,10 +57,12 @@ struct ProductShape {
     uint32_t rows, cols, stages, cluster;
     bool transposed_b; // depth runs down the rows of b: bfloat16 only
     Result result;
+    bool overlaps = false; // FP8: a stage is multiplied while the one before it is added, in two sets of sums
 
+    PYROUTE_BOTH bool fp8() const { return element != Element::bfloat16; }
     PYROUTE_BOTH uint32_t math() const { return rows / panel_rows; }
     PYROUTE_BOTH uint32_t threads() const { return math() * warpgroup + (math() > 1 ? warpgroup : 32); }
-    PYROUTE_BOTH int32_t stage_depth() const { return element == Element::e4m3 ? 128 : 64; } // elements in 128 bytes
+    PYROUTE_BOTH int32_t stage_depth() const { return fp8() ? 128 : 64; } // elements in 128 bytes
     PYROUTE_BOTH uint32_t staging() const { return result == Result::bfloat16 ? rows * cols * 2 : 0; }
     PYROUTE_BOTH SharedPlan shared() const { return {staging(), stages, rows * row_bytes, cols * row_bytes, 0}; }
 };
@@ -70,19 +72,23 @@ struct WgradShape {
     Element element;
     uint32_t stages;
 
+    PYROUTE_BOTH bool fp8() const { return element != Element::bfloat16; }
     PYROUTE_BOTH uint32_t threads() const { return 3 * warpgroup; }
-    PYROUTE_BOTH SharedPlan shared() const {
-        return {0, stages, 128 * row_bytes, 128 * row_bytes, element == Element::e4m3 ? 1024u : 0u};
-    }
+    PYROUTE_BOTH SharedPlan shared() const { return {0, stages, 128 * row_bytes, 128 * row_bytes, fp8() ? 1024u : 0u}; }
 };
 
 constexpr ProductShape fp8_128 = {Element::e4m3, 128, 128, 5, 1, false, Result::bfloat16};
 constexpr ProductShape fp8_128_pair = {Element::e4m3, 128, 128, 5, 2, false, Result::bfloat16};
+constexpr ProductShape fp8_128_overlap = {Element::e4m3, 128, 128, 5, 1, false, Result::bfloat16, true};
 constexpr ProductShape fp8_192 = {Element::e4m3, 128, 192, 4, 1, false, Result::bfloat16};
 constexpr ProductShape fp8_192_pair = {Element::e4m3, 128, 192, 4, 2, false, Result::bfloat16};
 constexpr ProductShape fp8_128_f32 = {Element::e4m3, 128, 128, 6, 1, false, Result::float32};
 constexpr ProductShape fp8_64 = {Element::e4m3, 64, 128, 8, 1, false, Result::bfloat16};
 constexpr ProductShape fp8_64_f32 = {Element::e4m3, 64, 128, 8, 1, false, Result::float32};
+constexpr ProductShape e5m2_128 = {Element::e5m2, 128, 128, 5, 1, false, Result::bfloat16};
+constexpr ProductShape e5m2_128_f32 = {Element::e5m2, 128, 128, 6, 1, false, Result::float32};
+constexpr ProductShape e5m2_64 = {Element::e5m2, 64, 128, 8, 1, false, Result::bfloat16};
+constexpr ProductShape e5m2_64_f32 = {Element::e5m2, 64, 128, 8, 1, false, Result::float32};
 constexpr ProductShape bf16_128 = {Element::bfloat16, 128, 128, 5, 1, false, Result::bfloat16};
 constexpr ProductShape bf16_128_f32 = {Element::bfloat16, 128, 128, 6, 1, false, Result::float32};
 constexpr ProductShape bf16_64 = {Element::bfloat16, 64, 128, 8, 1, false, Result::bfloat16};
@@ -90,6 +96,7 @@ constexpr ProductShape bf16_64_f32 = {Element::bfloat16, 64, 128, 8, 1, false, R
 constexpr ProductShape bf16_dgrad_128 = {Element::bfloat16, 128, 128, 5, 1, true, Result::bfloat16};
 constexpr ProductShape bf16_dgrad_128_f32 = {Element::bfloat16, 128, 128, 6, 1, true, Result::float32};
 constexpr WgradShape fp8_wgrad = {Element::e4m3, 6};
+constexpr WgradShape e5m2_wgrad = {Element::e5m2, 6};
 constexpr WgradShape bf16_wgrad = {Element::bfloat16, 6};
 
 static_assert(fp8_128.shared().sound() && fp8_192.shared().sound() && fp8_128_f32.shared().sound() &&

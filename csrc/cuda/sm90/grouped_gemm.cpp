@@ -27,10 +27,12 @@ bool wanted(const DeviceInfo &card) { return card.capability == 90 && !asked_for
 
 bool aligned(const void *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-bool is_fp8(const GemmOperand &operand, int64_t block_rows, int64_t block_cols) {
-    return operand.type == ElementType::e4m3 && operand.scales && operand.block_rows == block_rows &&
-           operand.block_cols == block_cols;
+bool has_scales(const GemmOperand &operand, int64_t block_rows, int64_t block_cols) {
+    return operand.scales && operand.block_rows == block_rows && operand.block_cols == block_cols;
 }
+bool is_fp8(ElementType type) { return type == ElementType::e4m3 || type == ElementType::e5m2; }
+// Rows or gradients, beside e4m3.
+bool are_fp8(const GemmOperand &a, const GemmOperand &b) { return is_fp8(a.type) && b.type == ElementType::e4m3; }
 bool is_bf16(const GemmOperand &operand) { return operand.type == ElementType::bfloat16 && !operand.scales; }
 bool multiples(int64_t of, std::initializer_list<int64_t> extents) {
     return std::all_of(extents.begin(), extents.end(), [&](int64_t extent) { return extent > 0 && extent % of == 0; });
@@ -49,13 +51,19 @@ struct ProductKernel {
 // The bytes do not depend on the tile: 64 rows where experts have few, as half of 128 would be multiplied for nothing.
 ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
     const bool few = args.num_rows <= 64 * args.num_experts, f32 = args.out_type == ElementType::float32;
+    if (args.a.type == ElementType::e5m2) {
+        if (few)
+            return f32 ? ProductKernel PYROUTE_PRODUCT(e5m2_64_f32) : ProductKernel PYROUTE_PRODUCT(e5m2_64);
+        return f32 ? ProductKernel PYROUTE_PRODUCT(e5m2_128_f32) : ProductKernel PYROUTE_PRODUCT(e5m2_128);
+    }
     if (args.a.type == ElementType::e4m3) {
         if (few)
             return f32 ? ProductKernel PYROUTE_PRODUCT(fp8_64_f32) : ProductKernel PYROUTE_PRODUCT(fp8_64);
         if (f32)
             return PYROUTE_PRODUCT(fp8_128_f32);
         for (const ProductKernel &kernel :
-             {ProductKernel PYROUTE_PRODUCT(fp8_128_pair), PYROUTE_PRODUCT(fp8_192), PYROUTE_PRODUCT(fp8_192_pair)})
+             {ProductKernel PYROUTE_PRODUCT(fp8_128_overlap), PYROUTE_PRODUCT(fp8_128_pair), PYROUTE_PRODUCT(fp8_192),
+              PYROUTE_PRODUCT(fp8_192_pair)})
             if (asked_for(kernel.name))
                 return kernel;
         return PYROUTE_PRODUCT(fp8_128);
@@ -68,8 +76,8 @@ ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
 }
 #undef PYROUTE_PRODUCT
 
-int64_t item_size(ElementType type) { return type == ElementType::e4m3 ? 1 : 2; }
-MapType map_type(ElementType type) { return type == ElementType::e4m3 ? MapType::uint8 : MapType::bfloat16; }
+int64_t item_size(ElementType type) { return is_fp8(type) ? 1 : 2; }
+MapType map_type(ElementType type) { return is_fp8(type) ? MapType::uint8 : MapType::bfloat16; }
 
 // A map of [rows, cols], row_bytes apart, in boxes of 128 bytes times box_rows.
 TensorMap operand_map(const Stream &stream, ElementType type, const void *data, int64_t rows, int64_t cols,
@@ -116,7 +124,7 @@ TensorMap scale_map(const Stream &stream, const GemmOperand &operand, int64_t co
 
 bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed) {
     const int64_t depth = transposed ? args.n : args.k, cols = transposed ? args.k : args.n;
-    const bool fp8 = is_fp8(args.a, 1, 128) && is_fp8(args.b, 128, 128);
+    const bool fp8 = are_fp8(args.a, args.b) && has_scales(args.a, 1, 128) && has_scales(args.b, 128, 128);
     if (!wanted(card) || !(fp8 || (is_bf16(args.a) && is_bf16(args.b))) || args.num_experts < 1)
         return false;
     if (!aligned(args.a.data) || !aligned(args.b.data) || !aligned(args.out) || !multiples(8, {cols}))
@@ -132,8 +140,9 @@ bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed
 }
 
 bool wants_transposed(const DeviceInfo &card, const GemmOperand &b, int64_t experts, int64_t n, int64_t k) {
-    return wanted(card) && is_fp8(b, 128, 128) && aligned(b.data) && multiples(16, {n, k}) && experts > 0 &&
-           small({n, experts * padded(k)}) && experts * blocks_of(n, 128) < 65536;
+    return wanted(card) && b.type == ElementType::e4m3 && has_scales(b, 128, 128) && aligned(b.data) &&
+           multiples(16, {n, k}) && experts > 0 && small({n, experts * padded(k)}) &&
+           experts * blocks_of(n, 128) < 65536;
 }
 
 void transpose_weights(const Stream &stream, const GemmOperand &b, int64_t experts, int64_t n, int64_t k, uint8_t *to) {
@@ -145,7 +154,7 @@ void transpose_weights(const Stream &stream, const GemmOperand &b, int64_t exper
 size_t workspace(const GroupedGemmArgs &args, bool transposed, const uint8_t *b_transposed) {
     Cutter cutter(nullptr);
     cut_plan(cutter, args.num_rows, args.num_experts, kernel_of(args, transposed).shape.rows);
-    if (transposed && !b_transposed && args.a.type == ElementType::e4m3)
+    if (transposed && !b_transposed && is_fp8(args.a.type))
         cutter.take<uint8_t>(args.num_experts * args.k * padded(args.n));
     return cutter.size();
 }
@@ -162,7 +171,7 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
         make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, shape.rows, {nullptr, nullptr});
     ProductArgs product = {};
     product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, depth, shape.rows / shape.cluster);
-    if (transposed && shape.element == Element::e4m3)
+    if (transposed && shape.fp8())
         product.b = operand_map(stream, args.b.type, transposed_weights(stream, cutter, args, b_transposed),
                                 args.num_experts * cols, padded(depth), shape.cols);
     else
@@ -196,7 +205,8 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
 }
 
 bool serves_wgrad(const DeviceInfo &card, const GroupedGemmWgradArgs &args, bool restarts) {
-    const bool fp8 = restarts && is_fp8(args.grad_out, 128, 1) && is_fp8(args.a, 128, 1);
+    const bool fp8 =
+        restarts && are_fp8(args.grad_out, args.a) && has_scales(args.grad_out, 128, 1) && has_scales(args.a, 128, 1);
     if (!wanted(card) || !(fp8 || (is_bf16(args.grad_out) && is_bf16(args.a))) || args.num_experts < 1)
         return false;
     if (!aligned(args.grad_out.data) || !aligned(args.a.data) || !aligned(args.out) ||
@@ -226,7 +236,8 @@ void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, 
         return;
     }
     const bool fp8 = args.a.type == ElementType::e4m3;
-    const WgradShape &shape = fp8 ? fp8_wgrad : bf16_wgrad;
+    const bool e5m2 = args.grad_out.type == ElementType::e5m2;
+    const WgradShape &shape = e5m2 ? e5m2_wgrad : fp8 ? fp8_wgrad : bf16_wgrad;
     Cutter cutter(workspace);
     const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, fp8 ? 128 : 0,
                                     {nullptr, nullptr});
@@ -250,7 +261,10 @@ void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, 
     product.raster_group = raster_group;
     product.hang_report = hang_report.load();
     const int64_t tiles = args.num_experts * blocks_of(args.n, 128) * blocks_of(args.k, 128);
-    launch(stream, room, fp8 ? "fp8_wgrad_product" : "bf16_wgrad_product",
+    launch(stream, room,
+           e5m2  ? "e5m2_wgrad_product"
+           : fp8 ? "fp8_wgrad_product"
+                 : "bf16_wgrad_product",
            {static_cast<uint32_t>(std::min(tiles, int64_t{device_info(stream.device).num_sms})), shape.threads(),
             shape.shared().total()},
            product);

@@ -165,22 +165,27 @@ template <int Sums> PYROUTE_DEVICE void pin_sums(float (&sums)[Sums]) {
         pin(sums[i]);
 }
 
-// A stage's four products of a warpgroup: 128 bytes of depth.
-template <const ProductShape &S, int Sums>
-PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
+// A stage's four products of a warpgroup, 128 bytes of depth, as one group that runs until a matrix_wait.
+template <Element Type, bool TransposedB, int Sums>
+PYROUTE_DEVICE void start_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
     const uint64_t a_start = matrix_descriptor(a, 16);
-    const uint64_t b_start = matrix_descriptor(b, S.transposed_b ? panel_bytes : 16);
-    constexpr uint32_t b_step = S.transposed_b ? 2 * group_bytes : step_bytes; // 16 rows of depth, or 32 bytes
+    const uint64_t b_start = matrix_descriptor(b, TransposedB ? panel_bytes : 16);
+    constexpr uint32_t b_step = TransposedB ? 2 * group_bytes : step_bytes; // 16 rows of depth, or 32 bytes
     matrix_fence();
     PYROUTE_UNROLL
     for (uint32_t k = 0; k < 4; ++k) {
         const uint64_t a_now = descriptor_at(a_start, k * step_bytes), b_now = descriptor_at(b_start, k * b_step);
-        if constexpr (S.element == Element::e4m3)
-            multiply_e4m3(sums, a_now, b_now, add || k > 0);
+        if constexpr (Type != Element::bfloat16)
+            multiply_fp8<Type == Element::e5m2>(sums, a_now, b_now, add || k > 0);
         else
-            multiply_bf16<false, S.transposed_b>(sums, a_now, b_now, add || k > 0);
+            multiply_bf16<false, TransposedB>(sums, a_now, b_now, add || k > 0);
     }
     matrix_commit();
+}
+
+template <Element Type, bool TransposedB, int Sums>
+PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
+    start_stage<Type, TransposedB>(sums, a, b, add);
     matrix_wait<0>();
     pin_sums(sums);
 }
@@ -195,11 +200,88 @@ template <const ProductShape &S> PYROUTE_DEVICE void release_stage(SharedAddress
     }
 }
 
+// totals += sums of block d of depth, scaled.
+template <const ProductShape &S, int Sums>
+PYROUTE_DEVICE void add_block(BlockScales<S.cols> &scales, int32_t d, const float (&sums)[Sums],
+                              float (&totals)[Sums]) {
+    FloatPair factors[S.cols / 64];
+    scales.factors(static_cast<uint32_t>(d), factors);
+    PYROUTE_UNROLL
+    for (int s = 0; s < Sums; ++s)
+        totals[s] = fmaf(s & 2 ? factors[s / 32].y : factors[s / 32].x, sums[s], totals[s]);
+}
+
+// All stages of a tile, one after another.
+template <const ProductShape &S, class Scales, int Sums>
+PYROUTE_DEVICE void multiply_in_turn(Ring &ring, SharedAddress shared, uint32_t group, int32_t steps, Scales &scales,
+                                     float (&totals)[Sums]) {
+    constexpr SharedPlan plan = S.shared();
+    float sums[Sums];
+    for (int32_t i = 0; i < steps; ++i) {
+        ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
+        multiply_stage<S.element, S.transposed_b>(sums,
+                                                  shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
+                                                  shared + plan.b(0) + ring.stage * plan.b_bytes, !S.fp8() && (i & 1));
+        release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
+        if constexpr (S.fp8()) {
+            add_block<S>(scales, i, sums, totals);
+        } else if ((i & 1) || i + 1 == steps) {
+            PYROUTE_UNROLL
+            for (int s = 0; s < Sums; ++s)
+                totals[s] += sums[s];
+        }
+        ring.template advance<S.stages>();
+    }
+}
+
+// All stages of a tile, each started before the one before it is added: the tensor cores are not idle meanwhile. The
+// sets of sums are named, not indexed: registers have no addresses.
+template <const ProductShape &S, int Sums>
+PYROUTE_DEVICE void multiply_overlapping(Ring &ring, SharedAddress shared, uint32_t group, int32_t steps,
+                                         BlockScales<S.cols> &scales, float (&totals)[Sums]) {
+    constexpr SharedPlan plan = S.shared();
+    float even[Sums], odd[Sums];
+    Ring oldest = ring; // stage that is not released
+    const auto start = [&](float (&sums)[Sums]) {
+        ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
+        start_stage<S.element, S.transposed_b>(sums,
+                                               shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
+                                               shared + plan.b(0) + ring.stage * plan.b_bytes, false);
+        ring.template advance<S.stages>();
+    };
+    const auto add = [&](float (&sums)[Sums], int32_t d) {
+        pin_sums(sums);
+        release_stage<S>(shared + plan.empty(0) + oldest.stage * 8);
+        oldest.template advance<S.stages>();
+        add_block<S>(scales, d, sums, totals);
+    };
+    start(even);
+    int32_t d = 0;
+    for (; d + 2 < steps; d += 2) {
+        start(odd);
+        matrix_wait<1>();
+        add(even, d);
+        start(even);
+        matrix_wait<1>();
+        add(odd, d + 1);
+    }
+    if (d + 1 < steps) {
+        start(odd);
+        matrix_wait<1>();
+        add(even, d++);
+        matrix_wait<0>();
+        add(odd, d);
+    } else {
+        matrix_wait<0>();
+        add(even, d);
+    }
+}
+
 // The math warpgroup `group`: rows 64 group.. of every tile.
 template <const ProductShape &S>
 PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared, uint32_t group) {
     constexpr SharedPlan plan = S.shared();
-    constexpr bool scaled = S.element == Element::e4m3;
+    constexpr bool scaled = S.fp8();
     constexpr int num_sums = S.cols / 2;
     const int32_t row = static_cast<int32_t>(group * panel_rows + sum_row(warp_id() & 3, lane_id(), 0));
     Ring ring(shared, args);
@@ -218,30 +300,16 @@ PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared
             }
             continue;
         }
-        float totals[num_sums], sums[num_sums];
+        float totals[num_sums];
         PYROUTE_UNROLL
         for (int i = 0; i < num_sums; ++i)
             totals[i] = 0.0f;
         if (steps > 0) {
             typename Choice<scaled, BlockScales<S.cols>, NoScales>::Type scales(args, tile, col, row);
-            for (int32_t i = 0; i < steps; ++i) {
-                ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
-                multiply_stage<S>(sums, shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
-                                  shared + plan.b(0) + ring.stage * plan.b_bytes, !scaled && (i & 1));
-                release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
-                if constexpr (scaled) {
-                    FloatPair factors[S.cols / 64];
-                    scales.factors(static_cast<uint32_t>(i), factors);
-                    PYROUTE_UNROLL
-                    for (int s = 0; s < num_sums; ++s)
-                        totals[s] = fmaf(s & 2 ? factors[s / 32].y : factors[s / 32].x, sums[s], totals[s]);
-                } else if ((i & 1) || i + 1 == steps) {
-                    PYROUTE_UNROLL
-                    for (int s = 0; s < num_sums; ++s)
-                        totals[s] += sums[s];
-                }
-                ring.advance<S.stages>();
-            }
+            if constexpr (S.overlaps)
+                multiply_overlapping<S>(ring, shared, group, steps, scales, totals);
+            else
+                multiply_in_turn<S>(ring, shared, group, steps, scales, totals);
         }
         if constexpr (S.result == Result::bfloat16)
             store_bf16(args, shared + group * panel_rows * S.cols * 2, group, totals, tile.row, valid, col);

@@ -38,36 +38,40 @@ template <int Pending> PYROUTE_DEVICE void matrix_wait() {
 #define PYROUTE_SUMS4(d, i) PYROUTE_SUM(d, i), PYROUTE_SUM(d, i + 1), PYROUTE_SUM(d, i + 2), PYROUTE_SUM(d, i + 3)
 #define PYROUTE_SUMS(d, i)                                                                                             \
     PYROUTE_SUMS4(d, i), PYROUTE_SUMS4(d, i + 4), PYROUTE_SUMS4(d, i + 8), PYROUTE_SUMS4(d, i + 12)
+#define PYROUTE_64_SUMS(d) PYROUTE_SUMS(d, 0), PYROUTE_SUMS(d, 16), PYROUTE_SUMS(d, 32), PYROUTE_SUMS(d, 48)
+#define PYROUTE_64_NAMES                                                                                               \
+    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, "   \
+    "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "   \
+    "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// e4m3, N = 128, 32 deep.
-PYROUTE_DEVICE void multiply_e4m3(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-    asm volatile("{\n"
-                 ".reg .pred p;\n"
-                 "setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-                 "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-                 "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1;\n"
-                 "}\n"
-                 : PYROUTE_SUMS(d, 0), PYROUTE_SUMS(d, 16), PYROUTE_SUMS(d, 32), PYROUTE_SUMS(d, 48)
-                 : "l"(a), "l"(b), "r"(add ? 1 : 0));
+// e4m3 with e4m3, or e5m2 with e4m3, N = 128, 32 deep.
+#define PYROUTE_MULTIPLY(types)                                                                                        \
+    asm volatile("{\n"                                                                                                 \
+                 ".reg .pred p;\n"                                                                                     \
+                 "setp.ne.b32 p, %66, 0;\n"                                                                            \
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32." types " {" PYROUTE_64_NAMES "}, %64, %65, p, 1, 1;\n"  \
+                 "}\n"                                                                                                 \
+                 : PYROUTE_64_SUMS(d)                                                                                  \
+                 : "l"(a), "l"(b), "r"(add ? 1 : 0))
+template <bool A_e5m2> PYROUTE_DEVICE void multiply_fp8(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+    if constexpr (A_e5m2)
+        PYROUTE_MULTIPLY("e5m2.e4m3");
+    else
+        PYROUTE_MULTIPLY("e4m3.e4m3");
 }
+#undef PYROUTE_MULTIPLY
 // e4m3, N = 192, 32 deep.
-PYROUTE_DEVICE void multiply_e4m3(float (&d)[96], uint64_t a, uint64_t b, bool add) {
+template <bool A_e5m2> PYROUTE_DEVICE void multiply_fp8(float (&d)[96], uint64_t a, uint64_t b, bool add) {
+    static_assert(!A_e5m2, "no kernel has it");
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %98, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n192k32.f32.e4m3.e4m3 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-                 "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-                 "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, "
-                 "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, "
-                 "%92, %93, %94, %95}, %96, %97, p, 1, 1;\n"
+                 "{" PYROUTE_64_NAMES ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, "
+                 "%79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95}, "
+                 "%96, %97, p, 1, 1;\n"
                  "}\n"
-                 : PYROUTE_SUMS(d, 0), PYROUTE_SUMS(d, 16), PYROUTE_SUMS(d, 32), PYROUTE_SUMS(d, 48),
-                   PYROUTE_SUMS(d, 64), PYROUTE_SUMS(d, 80)
+                 : PYROUTE_64_SUMS(d), PYROUTE_SUMS(d, 64), PYROUTE_SUMS(d, 80)
                  : "l"(a), "l"(b), "r"(add ? 1 : 0));
 }
 // bfloat16, N = 128, 16 deep.
@@ -76,16 +80,15 @@ PYROUTE_DEVICE void multiply_bf16(float (&d)[64], uint64_t a, uint64_t b, bool a
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "
-                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, "
-                 "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, "
-                 "%56, %57, %58, %59, %60, %61, %62, %63}, %64, %65, p, 1, 1, %67, %68;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" PYROUTE_64_NAMES
+                 "}, %64, %65, p, 1, 1, %67, %68;\n"
                  "}\n"
-                 : PYROUTE_SUMS(d, 0), PYROUTE_SUMS(d, 16), PYROUTE_SUMS(d, 32), PYROUTE_SUMS(d, 48)
+                 : PYROUTE_64_SUMS(d)
                  : "l"(a), "l"(b), "r"(add ? 1 : 0), "n"(TransposedA ? 1 : 0), "n"(TransposedB ? 1 : 0));
 }
 
+#undef PYROUTE_64_NAMES
+#undef PYROUTE_64_SUMS
 #undef PYROUTE_SUMS
 #undef PYROUTE_SUMS4
 #undef PYROUTE_SUM

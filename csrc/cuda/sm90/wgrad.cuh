@@ -27,7 +27,7 @@ template <const WgradShape &S> PYROUTE_DEVICE GradientTile gradient_tile(const W
     const auto between = [&](const int64_t *starts) {
         return TilePlace{static_cast<int32_t>(starts[expert]), static_cast<int32_t>(starts[expert + 1])};
     };
-    if constexpr (S.element == Element::e4m3) {
+    if constexpr (S.fp8()) {
         const auto [first, last] = between(args.tile_starts);
         return {expert, place.m * 128, place.n * 128, first * 128, (last - first) * 128, last - first};
     } else {
@@ -55,7 +55,7 @@ template <const WgradShape &S> PYROUTE_DEVICE void load_gradients(const WgradArg
             const SharedAddress b = shared + plan.b(0) + ring.stage * plan.b_bytes;
             ring.wait(shared + plan.empty(0) + ring.stage * 8, ring.phase ^ 1, Waits::for_empty);
             barrier_arrive_expecting(full, plan.a_bytes + plan.b_bytes + plan.scale_bytes);
-            if constexpr (S.element == Element::e4m3) {
+            if constexpr (S.fp8()) {
                 const SharedAddress scales = shared + plan.scales(0) + ring.stage * plan.scale_bytes;
                 load_tile(a, &args.grad_out, tile.row + i * 128, tile.m, full);
                 load_tile(b, &args.a, tile.row + i * 128, tile.n, full);
@@ -129,9 +129,9 @@ PYROUTE_DEVICE void multiply_gradients(const WgradArgs &args, SharedAddress shar
             const SharedAddress b = shared + plan.b(0) + ring.stage * plan.b_bytes;
             const SharedAddress empty = shared + plan.empty(0) + ring.stage * 8;
             ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
-            if constexpr (S.element == Element::e4m3) {
+            if constexpr (S.fp8()) {
                 const SharedAddress scales = shared + plan.scales(0) + ring.stage * plan.scale_bytes;
-                multiply_stage<fp8_128>(sums, a + group * panel_bytes, b, false);
+                multiply_stage<S.element, false>(sums, a + group * panel_bytes, b, false);
                 add_scaled(totals, sums, shared_f32(scales + row * 4), shared_f32(scales + row * 4 + 32), scales + 512);
                 sync_warp(); // every lane has read its scales
                 release_stage<fp8_128>(empty);
