@@ -61,6 +61,7 @@ int num_devices() { return number_from("PYROUTE_EMULATED_DEVICES", 1); }
 } // namespace
 
 int emulated_arch() { return number_from("PYROUTE_EMULATED_ARCH", 90); }
+int emulated_fp8_bits() { return number_from("PYROUTE_EMULATED_FP8_BITS", 0); }
 
 namespace {
 
