@@ -2,6 +2,7 @@
 
     python examples/train_moe_lm.py            about three minutes on two cores; writes train_moe_lm.json and .png
     python examples/train_moe_lm.py --quick    a few seconds
+    torchrun --nproc-per-node 2 examples/train_moe_lm.py --expert-parallel    see train_moe_lm_parallel.py
 
 All variants start from the same weights and see the same batches; step i of each comes before step i + 1 of any, so
 they share whatever the machine does meanwhile. The layers are of DeepSeek-V3's kind: sigmoid router, shared expert.
@@ -24,6 +25,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import statistics
 import sysconfig
 import time
@@ -163,11 +165,7 @@ class Run:
 
     def __init__(self, name: str, start: LanguageModel, steps: int) -> None:
         self.name, self.model = name, copy.deepcopy(start)
-        if name == "eager":
-            for block in self.model.blocks:
-                block.moe = transformers_layer(block.moe)
-        if name == "fp8":
-            set_precision(self.model, "fp8")
+        self.change_layers()
         # eps: with 1e-8 an expert's first gradients, however small, move its weights by whole steps of the rate
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=4e-3, betas=(0.9, 0.95), eps=1e-6, fused=True)
         rate = functools.partial(relative_rate, steps=steps)
@@ -176,6 +174,21 @@ class Run:
         self.loss: list[float] = []
         self.seconds: list[float] = []
         self.loads: list[list[list[int]]] = []
+
+    def change_layers(self) -> None:
+        """What makes the variant, before there is an optimizer."""
+        if self.name == "eager":
+            for block in self.model.blocks:
+                block.moe = transformers_layer(block.moe)
+        if self.name == "fp8":
+            set_precision(self.model, "fp8")
+
+    def clip_gradients(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+
+    def total(self, value: torch.Tensor) -> torch.Tensor:
+        """Over everybody who trains: here nobody else."""
+        return value
 
     def forward_loss(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=self.name in ("bfloat16", "fp8")):
@@ -186,22 +199,22 @@ class Run:
         start = time.perf_counter()
         loss = self.forward_loss(x, y)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.clip_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        loads = [router.tokens_per_expert.tolist() for router in self.routers]
+        loads = [self.total(router.tokens_per_expert).tolist() for router in self.routers]
         for router in self.routers:
-            router.update_bias(None if self.name in BALANCED else 0.0)
+            router.update_bias(None if self.name in (*BALANCED, "expert-parallel") else 0.0)
         self.seconds.append(time.perf_counter() - start)
-        self.loss.append(loss.item())
+        self.loss.append(self.total(loss.detach()).item())
         self.loads.append(loads)
 
     @torch.no_grad()
     def held_out_loss(self, batches: Batches) -> float:
         self.model.eval()
         given = [batches.of_step(step, batches.held_out) for step in range(8)]
-        return statistics.mean(self.forward_loss(x, y).item() for x, y in given)
+        return statistics.mean(self.total(self.forward_loss(x, y)).item() for x, y in given)
 
     def log(self, batches: Batches) -> dict[str, Any]:
         tokens = batches.batch * batches.length
@@ -222,11 +235,15 @@ def variants() -> list[str]:
     return ["float32", *eager, *BALANCED]
 
 
-def train(size: dict[str, int], steps: int, console: Console) -> dict[str, Any]:
+def begin(size: dict[str, int]) -> tuple[Batches, LanguageModel]:
     torch.manual_seed(0)
-    batches = Batches(english_text(), size["length"], size["batch"])
-    start = LanguageModel(size)
-    runs = [Run(name, start, steps) for name in variants()]
+    return Batches(english_text(), size["length"], size["batch"]), LanguageModel(size)
+
+
+def train(
+    size: dict[str, int], steps: int, console: Console, batches: Batches, start: LanguageModel, runs: list[Run]
+) -> dict[str, Any]:
+    """All runs side by side; their logs."""
     columns = MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps)
@@ -273,9 +290,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model and 12 steps")
     parser.add_argument("--steps", type=int, help="120, or 12 with --quick")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for train_moe_lm.json and .png")
+    parser.add_argument("--expert-parallel", action="store_true", help="the experts over the processes of torchrun")
     options, console = parser.parse_args(arguments), Console()
     pyroute.set_num_threads(torch.get_num_threads())
-    log = train(QUICK if options.quick else FULL, options.steps or (12 if options.quick else 120), console)
+    size, steps = (QUICK if options.quick else FULL), options.steps or (12 if options.quick else 120)
+    if options.expert_parallel:
+        if "WORLD_SIZE" not in os.environ:
+            parser.error("--expert-parallel wants torchrun --nproc-per-node N in place of python")
+        import train_moe_lm_parallel
+
+        train_moe_lm_parallel.main(size, steps, options.out)
+        return
+    batches, start = begin(size)
+    log = train(size, steps, console, batches, start, [Run(name, start, steps) for name in variants()])
     report(log, console)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "train_moe_lm.json").write_text(json.dumps(log))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -51,6 +53,38 @@ def test_quick_run_writes_its_log_and_plot(example, tmp_path, capsys):
         assert image.read_bytes().startswith(b"\x89PNG")
     else:
         assert "no plot without matplotlib" in printed
+
+
+@pytest.mark.parametrize("world", [2])
+def test_experts_over_processes_have_the_same_curve(tmp_path, world):
+    """Not to the byte: PyTorch's products of half a batch may round otherwise than those of a whole one, and gradients
+    of the parts that every process has are sums of sums. Bounded as transformers' layers are, whose sums have another
+    order too.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    script = [str(EXAMPLES / "train_moe_lm.py"), "--quick", "--expert-parallel", "--out", str(tmp_path)]
+    path = os.pathsep.join([str(EXAMPLES.parent), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command + script, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    log = json.loads((tmp_path / "train_moe_lm_parallel.json").read_text())
+    alone, parallel = (log["runs"][name] for name in ("balanced", "expert-parallel"))
+    assert log["processes"] == world
+    assert len(parallel["loss"]) == log["steps"] == 12
+    assert parallel["loss"][-1] < parallel["loss"][0] - 0.3
+    assert parallel["loss"] == pytest.approx(alone["loss"], abs=1e-5)
+    assert parallel["held_out_loss"] == pytest.approx(alone["held_out_loss"], abs=1e-5)
+    assert torch.tensor(parallel["load"]).shape == (2, 8)
+    assert f"over {world} processes" in done.stdout
+    assert done.stdout.count("losses at most") == 1  # of one process
+
+
+def test_without_torchrun_it_says_what_is_missing(example, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        example.main(["--quick", "--expert-parallel"])
+    assert ended.value.code == 2
+    assert "--expert-parallel wants torchrun --nproc-per-node N" in capsys.readouterr().err
 
 
 def test_transformers_layer_is_the_same_function(example):
