@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import pyroute
 from pyroute.__main__ import main
+from pyroute.bench.suite import options
 
 BENCHES = Path(__file__).resolve().parent.parent / "benches"
 pytestmark = pytest.mark.skipif(not BENCHES.is_dir(), reason="needs the source tree")
@@ -200,9 +200,9 @@ def test_bad_arguments_are_one_sentence(benches, argv, capsys):
 
 @pytest.mark.parametrize("damage", ["a row exchanged", "one element", "not finite"])
 def test_wrong_answers_are_found(benches, damage):
-    from pyroute.bench.suite import problems, shapes
+    from pyroute.bench.suite import products, shapes
 
-    p = problems.prefill("gemm", shapes.small(shapes.shape("deepseek-v2-lite", 64)))
+    p = products.prefill("gemm", shapes.small(shapes.shape("deepseek-v2-lite", 64)))
     w = p.w8.dequantize()
     out = np.concatenate([p.a[64 * e : 64 * e + 64] @ w[e].T for e in range(8)])
     assert p.error(out) < 1e-5
@@ -291,11 +291,13 @@ def test_the_command_line_knows_the_rows_of_the_table(benches):
     assert tuple(dict.fromkeys(case.row for case in bars.cases())) == options.ROWS
 
 
-@pytest.mark.parametrize("model", pyroute.presets())
+@pytest.mark.parametrize("model", options.MODELS)
 def test_every_operation_of_every_model_has_a_case(benches, model):
-    from pyroute.bench.suite import bars, options
+    from pyroute.bench.suite import models
 
-    cases = bars.model_cases(model, "zipf:1.2", 8 << 30)
+    cases = models.cases(model, "zipf:1.2", 8 << 30)
+    assert len({case.name for case in cases}) == len(cases)
+    assert all(model in case.name and "zipf:1.2" in case.name for case in cases)
     assert [row for row in options.ROWS if row not in {case.row for case in cases}] == []
     sizes = []
     for case in cases:  # the shapes alone: nothing is drawn

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-from . import bars, harness, peers, shapes
+from . import harness, models, peers, shapes
 
 
 def measure(
@@ -31,7 +31,7 @@ def measure(
 
 def _measure(number: int, module: str, names: Sequence[str], args: argparse.Namespace) -> list[harness.Cell]:
     peer = peers.load_one(module, package="")
-    problem = bars.chosen(args)[number].make(shapes.small if args.quick else lambda s: s)
+    problem = models.chosen(args)[number].make(shapes.small if args.quick else lambda s: s)
     cells = []
     for column in peer.columns:
         if column.op == problem.op and column.name in names:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from . import problems, shapes
+from . import problems, products, shapes
 
 
 class Measured(NamedTuple):
@@ -67,10 +65,15 @@ def at_most(ours: str, seconds: float) -> Bar:
     return Bar(f"{ours}, us", seconds * 1e6, lambda m, p: m.seconds.get(ours, math.nan) * 1e6, "us", True)
 
 
+Resize = Callable[[shapes.Shape], shapes.Shape]  # may make a shape small
+
+
 class Case(NamedTuple):
     row: str
-    make: Callable[[Callable[[shapes.Shape], shapes.Shape]], problems.Problem]  # of a function that may make it small
-    bars: tuple[Bar, ...]
+    make: Callable[[Resize], problems.Problem]
+    bars: tuple[Bar, ...] = ()
+    op: str = ""  # of the problem and its name, before anything is made
+    name: str = ""
 
 
 def _gate(model: str, tokens: int, *bars: Bar) -> Case:
@@ -110,13 +113,13 @@ def _decode(tokens: int, factor: float, *bars: Bar) -> Case:
     s = shapes.shape("deepseek-v2-lite", tokens)
     s = s._replace(config=shapes.shape("olmoe", 1).config)  # top-8 of 64
     bars = (*(faster(f"pyroute FP8{suffix}", "ggml q8_0", factor) for suffix in ("", " both")), *bars)
-    return Case("decode", lambda size: problems.decode(size(s)), bars)
+    return Case("decode", lambda size: products.decode(size(s)), bars)
 
 
 def _prefill(op: str, row: str, bar: float, kinds: Sequence[str]) -> Case:
     bars = tuple(faster(f"pyroute {kind}", "torch bmm float32", bar) for kind in kinds)
     s = shapes.shape("deepseek-v2-lite", 512)._replace(num_experts=8)
-    return Case(row, lambda size: problems.prefill(op, size(s)), bars)
+    return Case(row, lambda size: products.prefill(op, size(s)), bars)
 
 
 NARROW_PEERS = (
@@ -137,7 +140,7 @@ def _layer(tokens: int, *, wide: bool) -> Case:
     bars = [faster("pyroute FP8", WIDE_PEERS if wide else NARROW_PEERS, 1.0)]
     if not wide:
         bars += [faster("pyroute FP8 both", NARROW_PEERS, 1.0), faster("pyroute FP8", "kt-kernel FP8", 8)]
-    return Case("layer", lambda size: problems.Layer("layer", size(s), wide=wide), tuple(bars))
+    return Case("layer", lambda size: products.Layer("layer", size(s), wide=wide), tuple(bars))
 
 
 def _training(tokens: int, *, experts: int = 64) -> Case:
@@ -145,46 +148,7 @@ def _training(tokens: int, *, experts: int = 64) -> Case:
     if experts != 64:
         s = s._replace(num_experts=experts, config=shapes.shape("mixtral", 1).config)
     bars = (faster("pyroute float32", "transformers grouped_mm float32", 2),)
-    return Case("training", lambda size: problems.Layer("training", size(s), wide=True), bars)
-
-
-def model_cases(model: str, load: str, memory: int) -> list[Case]:
-    """Every operation on one model's layer: decode, a small batch, prefill, training; experts that fit the bytes.
-
-    Without bars: what a model's sizes should reach nobody knows before.
-    """
-
-    def case(row: str, make: Callable[[shapes.Shape], problems.Problem], tokens: int, *, weights: bool = False) -> Case:
-        s = shapes.shape(model, tokens)._replace(load=load)
-        s = shapes.fitting(s, memory) if weights else s
-        return Case(row, lambda size: make(size(s)), ())
-
-    moves = [
-        case("permute", functools.partial(problems.Move, op=op, dtype="bfloat16"), tokens)
-        for tokens in (64, 4096)
-        for op in ("permute", "unpermute")
-    ]
-    layers = [
-        case("layer", functools.partial(problems.Layer, "layer", wide=wide), tokens, weights=True)
-        for wide in (False, True)
-        for tokens in (1, 64, 4096)
-    ]
-    return [
-        *(case("gate", problems.Gate, tokens) for tokens in (1, 64, 4096)),
-        case("gate", problems.GateBackward, 4096),
-        *moves,
-        case("quantize", functools.partial(problems.Quantize, dtype="bfloat16"), 4096),
-        *(case("decode", problems.decode, tokens, weights=True) for tokens in (1, 8, 64)),
-        case("prefill", functools.partial(problems.routed, "gemm"), 4096, weights=True),
-        *(case("backward", functools.partial(problems.routed, op), 4096, weights=True) for op in ("dgrad", "wgrad")),
-        *layers,
-        case("training", functools.partial(problems.Layer, "training", wide=True), 4096, weights=True),
-    ]
-
-
-def chosen(args: argparse.Namespace) -> list[Case]:
-    """Those of a model, or the table's; the same list in every process."""
-    return model_cases(args.model, args.load, args.memory) if args.model else cases()
+    return Case("training", lambda size: products.Layer("training", size(s), wide=True), bars)
 
 
 def cases() -> list[Case]:

@@ -17,13 +17,16 @@ SCALED = ("gate", "permute", "unpermute", "quantize", "gemm", "layer")
 PARTS = ("growth", "threads", "loads", "sizes")
 
 
+# not a released model: as many experts as are spoken of, in Kimi K2's widths; experts, slots, hidden, intermediate
+LIKE = {"kimi-k3-like": (896, 16, 7168, 2048)}
+MODELS = (*pyroute.presets(), *LIKE)
+
+
 def add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", metavar="OP", nargs="*", help=f"some of {', '.join(ROWS)} (default: all)")
     parser.add_argument("--gpu", action="store_true", help="the CUDA kernels and their peers on the current GPU")
     parser.add_argument("--peers", action="store_true", help="other libraries beside pyroute, those that are installed")
-    parser.add_argument(
-        "--model", metavar="NAME", choices=pyroute.presets(), help="every operation on this model's layer"
-    )
+    parser.add_argument("--model", metavar="NAME", choices=MODELS, help="every operation on this model's layer")
     parser.add_argument(
         "--load",
         default="random",

@@ -18,7 +18,7 @@ from .. import cost
 from ..limits import measure_limits
 from ..machine import available_memory
 from ..terminal import UsageError, progress, report_console, write_json
-from . import alone, bars, changes, harness, options, page, peers, records, report, scaling, shapes
+from . import alone, bars, changes, harness, models, options, page, peers, records, report, scaling, shapes
 from .peers.ours import set_threads
 
 
@@ -98,7 +98,7 @@ def quiet_stdout() -> Iterator[None]:
 def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
     outcomes: list[Outcome] = []
     args.interrupted = False
-    cases = [(number, case) for number, case in enumerate(bars.chosen(args)) if case.row in args.rows]
+    cases = [(number, case) for number, case in enumerate(models.chosen(args)) if case.row in args.rows]
     with progress(len(cases)) as step:
         for number, case in cases:
             step(case.row)

@@ -10,6 +10,8 @@ import numpy as np
 import pyroute
 from pyroute.router_presets import model_shape
 
+from . import options
+
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16}
 
@@ -37,15 +39,25 @@ class Shape(NamedTuple):
 
 
 def shape(model: str, tokens: int) -> Shape:
+    """Of a preset, or of options.LIKE."""
+    if model in options.LIKE:
+        num_experts, top_k, hidden, intermediate = options.LIKE[model]
+        config = pyroute.RouterConfig(num_experts, top_k, "sigmoid", renormalize="sum")
+        return Shape(model, tokens, hidden, intermediate, num_experts, config)
     sizes = model_shape(model)
     config = pyroute.RouterConfig.preset(model)
     return Shape(model, tokens, sizes.hidden, sizes.intermediate, sizes.num_experts, config)
 
 
 def small(s: Shape) -> Shape:
-    """At most 64 tokens and 8 experts of 1024 x 512: where cases only have to run."""
+    """At most 64 tokens and 8 experts of 512 x 256: where cases only have to run."""
     config = pyroute.RouterConfig(8, min(2, s.top_k), s.config.score, renormalize="sum")
-    return s._replace(tokens=min(64, s.tokens), hidden=1024, intermediate=512, num_experts=8, config=config)
+    return s._replace(tokens=min(64, s.tokens), hidden=512, intermediate=256, num_experts=8, config=config)
+
+
+def few_tokens(s: Shape) -> Shape:
+    """The same for what has no weights: the model's own router."""
+    return s._replace(tokens=min(64, s.tokens))
 
 
 def fitting(s: Shape, num_bytes: int) -> Shape:

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 MODULES = (
     "ours",
     "machine",
+    "numpy_arrays",
     "torch_eager",
     "torch_compile",
     "torch_gemm",

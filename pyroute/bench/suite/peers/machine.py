@@ -22,6 +22,9 @@ def version() -> str:
 @column("permute", "machine copy", kind="limit")
 @column("unpermute", "machine copy", kind="limit")
 @column("quantize", "machine copy", kind="limit")
+@column("permute quantize", "machine copy", kind="limit")
+@column("unpermute backward", "machine copy", kind="limit")
+@column("dequantize", "machine copy", kind="limit")
 def copy(p):
     source, destination = np.ones(p.nbytes // 2, np.uint8), np.zeros(p.nbytes // 2, np.uint8)
     return Work(lambda: _backend.core.probe_copy(destination, source, pyroute.get_num_threads()))
