@@ -2,7 +2,8 @@
 
 Everything here runs before memory is touched. A wrong kind of thing is a TypeError, a wrong value of the right kind a
 ValueError. Arrays are checked by metadata alone, except ids, whose values are checked where a bad one could be read. On
-a GPU looking at values would wait for it: its kernels do not follow ids and offsets that lead outside.
+a GPU looking at values would wait for it: its kernels do not follow ids and offsets that lead outside, and only
+PYROUTE_CHECK=1 brings them to the host to be checked here.
 An argument that is plainly right is passed by the extension's ``is_plain`` in 0.2 us; text is built only for one that
 is wrong.
 """
@@ -43,6 +44,13 @@ except ImportError:  # pyroute._backend says why
     def are_offsets(x: Any, num_rows: int, num_experts: int | None) -> bool:
         return False
 
+
+try:
+    from . import _cuda
+
+    checks_gpu = _cuda.checks  # PYROUTE_CHECK=1
+except ImportError:
+    checks_gpu = False
 
 _FLOAT32_MAX = 3.4028234663852886e38
 _LONGEST = 120  # characters of what came, so that a sentence stays one
@@ -86,6 +94,20 @@ def has_values(x: Array) -> bool:
     from . import _backend
 
     return is_cupy(x) and not _backend.kernels(x.device.id).how
+
+
+def values(x: Array) -> Array | None:
+    """``x``, or with PYROUTE_CHECK=1 a GPU's array as NumPy's once work before is done; None: not to be looked at.
+
+    While its stream is captured into a graph a GPU's array has no values yet.
+    """
+    if has_values(x):
+        return x
+    if not checks_gpu:
+        return None
+    from ._device.arrays import on_host  # which imports this module
+
+    return on_host(x)
 
 
 def describe(x: Any) -> str:
@@ -186,13 +208,26 @@ def output(function: str, argument: str, out: Array, like: Any, axes: tuple[Axis
 
 def expert_ids(function: str, argument: str, ids: Array, num_experts: int) -> None:
     """Ids [T, k] of any integer type are experts or -1; the first that is not is named. On a GPU it is not routed."""
-    if (
-        not has_values(ids) or not ids.size or (ids.min() >= -1 and ids.max() < num_experts)
-    ):  # in the array's own type: 2**64 - 1 is not -1
+    ids = values(ids)
+    # in the array's own type: 2**64 - 1 is not -1
+    if ids is None or not ids.size or (ids.min() >= -1 and ids.max() < num_experts):
         return
     token, slot = divmod(int(((ids < -1) | (ids >= num_experts)).argmax()), ids.shape[1])
     expected = f"in 0..{num_experts - 1}, or -1 for not routed"
     raise value_error(function, f"{argument}[{token}, {slot}]", expected, ids[token, slot])
+
+
+def map_on_gpu(function: str, argument: str, entries: Array, extent: int) -> None:
+    """With PYROUTE_CHECK=1 the entries of a GPU's row map are in 0..extent-1, or -1; the first that is not is named.
+
+    On the host the extension looks at every entry that it follows.
+    """
+    seen = None if has_values(entries) else values(entries)
+    if seen is None or not seen.size or (seen.min() >= -1 and seen.max() < extent):
+        return
+    flat = int(((seen < -1) | (seen >= extent)).argmax())
+    place = ", ".join(str(int(i)) for i in np.unravel_index(flat, seen.shape))
+    raise value_error(function, f"{argument}[{place}]", f"in 0..{extent - 1}, or -1", seen.flat[flat])
 
 
 def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: int | None = None) -> Array:
@@ -206,14 +241,12 @@ def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: in
     shape(function, "expert_offsets", offsets, (("num_experts + 1", None if num_experts is None else num_experts + 1),))
     if offsets.shape[0] < 2:
         raise value_error(function, "expert_offsets", "of shape [num_experts + 1]", list(offsets.shape))
-    if not has_values(offsets):
-        return offsets if is_device_array(offsets) else offsets.astype("int64", copy=False)
-    ok = offsets[0] == 0 and (offsets[1:] >= offsets[:-1]).all() and offsets[-1] <= num_rows
-    if not ok:
+    seen = values(offsets)
+    if seen is not None and not (seen[0] == 0 and (seen[1:] >= seen[:-1]).all() and seen[-1] <= num_rows):
         raise value_error(
-            function, "expert_offsets", f"from 0, not decreasing, to at most {num_rows} (rows)", first_few(offsets)
+            function, "expert_offsets", f"from 0, not decreasing, to at most {num_rows} (rows)", first_few(seen)
         )
-    return offsets.astype("int64", copy=False)
+    return offsets if is_device_array(offsets) else offsets.astype("int64", copy=False)
 
 
 def first_few(values: Array) -> str:

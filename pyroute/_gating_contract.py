@@ -67,23 +67,24 @@ def expert_ids(function: str, argument: str, topk_idx: Any, num_tokens: int, con
     """Ids as int32 [T, k]: every value is -1 or an expert. On a GPU nothing looks at them, and others become -1."""
     axes = (("num_tokens", num_tokens), ("top_k", config.top_k))
     ids = _backend.as_array(function, argument, topk_idx, _check.INTEGERS, axes)
+    _check.expert_ids(function, argument, ids, config.num_experts)
     if not _check.has_values(ids):
         from ._device import gating as device
 
         return device.int32_ids(ids, config.num_experts)
-    _check.expert_ids(function, argument, ids, config.num_experts)
     return ids.astype(np.int32, copy=False)
 
 
 def loads(function: str, argument: str, counts: Any, num_experts: int) -> Array:
     """Slots per expert as int64 [E]; int64 holds their sum times E, which the bias rule compares. On a GPU as given."""
     counts = _backend.as_array(function, argument, counts, _check.INTEGERS, (("num_experts", num_experts),))
-    if not _check.has_values(counts):
-        return counts
-    if counts.size and (counts.min() < 0 or int(counts.max()) * num_experts > np.iinfo(np.int64).max):
-        expected = f"at least 0 and at most 2**63 / num_experts ({num_experts})"
-        raise _check.value_error(function, argument, expected, f"{counts.min()} to {counts.max()}")
-    return counts.astype(np.int64, copy=False)
+    seen = _check.values(counts)
+    if seen is not None and seen.size:
+        least, most = int(seen.min()), int(seen.max())
+        if least < 0 or most * num_experts > np.iinfo(np.int64).max:
+            expected = f"at least 0 and at most 2**63 / num_experts ({num_experts})"
+            raise _check.value_error(function, argument, expected, f"{least} to {most}")
+    return counts.astype(np.int64, copy=False) if _check.has_values(counts) else counts
 
 
 def sequences(function: str, scope: str, sequence_ids: Any, num_tokens: int) -> Array | None:

@@ -16,15 +16,35 @@ MAPS: tuple[tuple[str, str, tuple[_check.Axis, ...]], ...] = (
 )
 
 
-def _check_sizes(plan: Any) -> None:
+def check_maps(plan: Any) -> None:
+    """The maps of a plan made by hand describe one assignment, so that no op reads or writes outside its arrays.
+
+    On a GPU shapes are checked, and values with PYROUTE_CHECK=1: entries that lead outside count as -1.
+    """
     if plan.num_experts < 1 or plan.top_k < 1:
         sizes = f"{plan.num_experts} and {plan.top_k}"
         raise _check.value_error("RoutePlan", "token_to_row", "of at least one expert and one slot", sizes)
+    on_gpu = not _check.has_values(plan.row_to_token)
+    if on_gpu:
+        _check_shapes(plan)
+    seen: list[Any] = [_check.values(getattr(plan, field)) for field, _, _ in MAPS]
+    if any(array is None for array in seen):
+        return
+    counts, offsets, tokens, slots = seen
+    xp = _backend.array_module(tokens)
+    ends = xp.cumsum(-(-counts.astype(xp.int64) // plan.alignment) * plan.alignment)
+    if counts.min() < 0 or offsets.shape != (counts.size + 1,) or offsets[0] != 0 or (offsets[1:] != ends).any():
+        expected = "the starts of the experts' tokens_per_expert rows, padded"
+        raise _check.value_error("RoutePlan", "expert_offsets", expected, _check.first_few(offsets))
+    num_rows = int(ends[-1])
+    if tokens.size < num_rows or (tokens.size > num_rows and not on_gpu):
+        least = f"num_rows >= {num_rows}" if on_gpu else f"num_rows={num_rows}"
+        raise _check.value_error("RoutePlan", "row_to_token", f"of shape [{least}]", list(tokens.shape))
+    _check_assignment(xp, plan.num_tokens, counts, offsets, tokens, slots)
 
 
-def check_shapes(plan: Any) -> None:
-    """What can be checked of a plan on a GPU."""
-    _check_sizes(plan)
+def _check_shapes(plan: Any) -> None:
+    """What can be checked of a plan on a GPU without waiting for it."""
     axes = (("num_experts + 1", plan.num_experts + 1),)
     _check.shape("RoutePlan", "expert_offsets", plan.expert_offsets, axes)
     for field in ("row_to_token", "token_to_row"):
@@ -33,23 +53,12 @@ def check_shapes(plan: Any) -> None:
             raise _check.value_error("RoutePlan", field, f"of at most {MAX_ROWS} entries", size)
 
 
-def check_maps(plan: Any) -> None:
-    """The maps of a plan made by hand describe one assignment, so that no op reads or writes outside its arrays."""
-    xp = _backend.array_module(plan.row_to_token)
-    counts, offsets, tokens, slots = (getattr(plan, field) for field, _, _ in MAPS)
-    _check_sizes(plan)
-    ends = xp.cumsum(-(-counts.astype(xp.int64) // plan.alignment) * plan.alignment)
-    if counts.min() < 0 or offsets.shape != (counts.size + 1,) or offsets[0] != 0 or (offsets[1:] != ends).any():
-        expected = "the starts of the experts' tokens_per_expert rows, padded"
-        raise _check.value_error("RoutePlan", "expert_offsets", expected, _check.first_few(offsets))
-    if tokens.size != int(ends[-1]):
-        raise _check.value_error(
-            "RoutePlan", "row_to_token", f"of shape [num_rows={int(ends[-1])}]", list(tokens.shape)
-        )
+def _check_assignment(xp: Any, num_tokens: int, counts: Any, offsets: Any, tokens: Any, slots: Any) -> None:
+    """Both maps say the same; on a GPU rows past the last segment are padding too."""
     row = xp.arange(tokens.size)
     expert = xp.searchsorted(offsets[1:], row, side="right")
-    is_real = row - offsets[expert] < counts[expert]
-    if (tokens[~is_real] != -1).any() or (tokens[is_real] < 0).any() or (tokens >= plan.num_tokens).any():
+    is_real = row - offsets[expert] < xp.append(counts, 0)[expert]  # none of the expert behind the last one
+    if (tokens[~is_real] != -1).any() or (tokens[is_real] < 0).any() or (tokens >= num_tokens).any():
         expected = "tokens, and -1 on the padding at the end of each segment"
         raise _check.value_error("RoutePlan", "row_to_token", expected, _check.first_few(tokens))
     token, slot = xp.nonzero(slots != -1)

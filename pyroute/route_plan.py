@@ -69,10 +69,7 @@ class RoutePlan:
             object.__setattr__(self, field, array)
         _backend.check_together("RoutePlan", *(getattr(self, field) for field, _, _ in _contract.MAPS))
         _check.integer("RoutePlan", "alignment", self.alignment, 1, MAX_ROWS)
-        if _check.has_values(self.row_to_token):
-            _contract.check_maps(self)
-        else:
-            _contract.check_shapes(self)
+        _contract.check_maps(self)
 
     @property
     def num_tokens(self) -> int:
@@ -260,6 +257,7 @@ def plan_routes(topk_idx: Any, num_experts: int, *, alignment: int = 1, backend:
             case "cpu":
                 parts = _backend.core.plan_routes(_signed(ids, num_experts), num_experts, alignment)
             case "cuda":
+                _check.expert_ids("plan_routes", "topk_idx", ids, num_experts)
                 parts = _device.plan_routes(ids, num_experts, alignment)
             case _:
                 xp = _backend.array_module(ids)

@@ -95,6 +95,7 @@ enum TensorMapFill : int { fill_zero = 0 };
     X(cuKernelSetAttribute, (int attribute, int value, Kernel kernel, Device device))                                  \
     X(cuLaunchKernelEx, (const LaunchConfig *config, Kernel kernel, void **arguments, void **extra))                   \
     X(cuMemsetD8Async, (Address to, unsigned char value, size_t bytes, CuStream stream))                               \
+    X(cuMemcpyDtoHAsync_v2, (void *to, Address from, size_t bytes, CuStream stream))                                   \
     X(cuOccupancyMaxActiveClusters, (int *clusters, Function function, const LaunchConfig *config))                    \
     X(cuTensorMapEncodeTiled,                                                                                          \
       (TensorMap * map, TensorMapType type, uint32_t rank, void *data, const uint64_t *extents,                        \

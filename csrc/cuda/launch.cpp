@@ -277,24 +277,26 @@ struct Config {
     Config &operator=(const Config &) = delete;
 };
 
-bool waits_for_kernels() {
-    static const bool waits = [] {
-        const char *value = std::getenv("PYROUTE_CHECK");
-        return value && *value && std::strcmp(value, "0") != 0;
-    }();
-    return waits;
+bool may_wait_for(const Api &api, const Stream &stream) {
+    driver::CaptureStatus status = driver::capture_none; // an error: another stream is being captured, and the default
+    return api.cuStreamIsCapturing(stream.handle, &status) == driver::success && // stream may not be waited for
+           status == driver::capture_none;
 }
 
 void wait_if_asked(const Api &api, const Stream &stream, const std::string &what) {
-    if (!waits_for_kernels())
-        return;
-    driver::CaptureStatus status = driver::capture_none;
-    if (api.cuStreamIsCapturing(stream.handle, &status) != driver::success || status != driver::capture_none)
-        return; // an error here: another stream is being captured, and the default stream may not be waited for
-    check(api, api.cuStreamSynchronize(stream.handle), what);
+    if (checks() && may_wait_for(api, stream))
+        check(api, api.cuStreamSynchronize(stream.handle), what);
 }
 
 } // namespace
+
+bool checks() {
+    static const bool asked = [] {
+        const char *value = std::getenv("PYROUTE_CHECK");
+        return value && *value && std::strcmp(value, "0") != 0;
+    }();
+    return asked;
+}
 
 void set_image_source(std::function<std::string(const std::string &room, int capability)> source) {
     const std::lock_guard lock(changing);
@@ -343,7 +345,7 @@ void launch(const Stream &stream, const char *room, const char *kernel, const La
     const driver::Result result = api.cuLaunchKernelEx(&config.config, found.kernel, arguments, nullptr);
     if (result != driver::success)
         fail(api, result, "kernel " + found.name + " of " + found.room);
-    if (waits_for_kernels())
+    if (checks())
         wait_if_asked(api, stream, "kernel " + found.name + " of " + found.room);
 }
 
@@ -354,6 +356,19 @@ void fill(const Stream &stream, void *to, uint8_t value, size_t bytes) {
     const OnCard current(api, card_of(api, stream.device));
     check(api, api.cuMemsetD8Async(reinterpret_cast<driver::Address>(to), value, bytes, stream.handle), "fill");
     wait_if_asked(api, stream, "fill");
+}
+
+bool read(const Stream &stream, void *to, const void *from, size_t bytes) {
+    const Api &api = driver::api();
+    const OnCard current(api, card_of(api, stream.device));
+    if (!may_wait_for(api, stream))
+        return false;
+    const OutsideCapture copying(api); // of another stream
+    const auto address = reinterpret_cast<driver::Address>(from);
+    if (bytes > 0)
+        check(api, api.cuMemcpyDtoHAsync_v2(to, address, bytes, stream.handle), "a copy to the host");
+    check(api, api.cuStreamSynchronize(stream.handle), "a copy to the host");
+    return true;
 }
 
 int most_active_clusters(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape) {

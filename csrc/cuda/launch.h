@@ -65,8 +65,11 @@ const DeviceInfo &device_info(int device);
 TensorMap tensor_map(const Stream &stream, const TensorMapShape &shape);
 int most_active_clusters(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape);
 
-// No blocks: no launch. PYROUTE_CHECK=1 in the environment waits for every kernel, unless the stream is being captured,
-// so that one that fails is named by the call that launched it.
+// PYROUTE_CHECK=1 in the environment, asked once: launches wait for their kernels, unless the stream is being captured,
+// so that one that fails is named by the call that launched it, and Python looks at ids and offsets.
+bool checks();
+
+// No blocks: no launch.
 void launch(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape, const void *args,
             size_t args_bytes);
 
@@ -77,5 +80,9 @@ void launch(const Stream &stream, const char *room, const char *kernel, const La
 
 // memset on the stream, `bytes` of `value`.
 void fill(const Stream &stream, void *to, uint8_t value, size_t bytes);
+
+// To the host, once the work queued before on the stream is done. False, and nothing is read, while the stream is
+// captured.
+bool read(const Stream &stream, void *to, const void *from, size_t bytes);
 
 } // namespace pyroute::cuda

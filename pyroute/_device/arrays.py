@@ -130,6 +130,14 @@ def pointer(x: Array | None) -> int:
     return x.pointer if isinstance(x, DeviceArray) else int(x.data.ptr)
 
 
+def on_host(x: Array) -> Any:
+    """A NumPy copy, once the work queued on the current stream is done; None while that is captured into a graph."""
+    from .. import _cuda
+
+    content = _cuda.read(*place(x), pointer(x), x.nbytes)
+    return None if content is None else np.frombuffer(content, x.dtype).reshape(x.shape)
+
+
 def empty(beside: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """An array that is not filled, of ``beside``'s kind and on its device."""
     if not isinstance(beside, DeviceArray):

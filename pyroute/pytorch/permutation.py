@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import permutation as core
 from .. import route_plan as core_plan
-from .._check import integer, shape, type_error
+from .._check import integer, map_on_gpu, shape, type_error
 from ..quantization import ScaleFormat
 from ..route_plan import MAX_ROWS, unchecked_plan
 from ._library import define, goes_direct
@@ -88,6 +88,8 @@ def _core_plan(function: str, row_to_token: Tensor, token_to_row: Tensor) -> Any
     rows = array(function, "plan.token_to_row", token_to_row)
     shape(function, "plan.row_to_token", tokens, (("num_rows", None),))
     shape(function, "plan.token_to_row", rows, (("num_tokens", None), ("top_k", None)))
+    map_on_gpu(function, "plan.row_to_token", tokens, rows.shape[0])
+    map_on_gpu(function, "plan.token_to_row", rows, tokens.shape[0])
     return unchecked_plan(None, None, tokens, rows, 1)
 
 

@@ -57,6 +57,17 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         },
         py::arg("device"), py::arg("stream"), py::arg("room"), py::arg("kernel"), py::arg("blocks"), py::arg("threads"),
         py::arg("args"), py::arg("shared_bytes") = 0, py::arg("cluster") = 1);
+    module.attr("checks") = cuda::checks();
+    module.def(
+        "read", // None while the stream is captured
+        [](int device, uintptr_t stream, uintptr_t address, size_t num_bytes) -> py::object {
+            std::string content(num_bytes, '\0');
+            const auto *from = reinterpret_cast<const void *>(address);
+            if (!cuda::read(cuda::stream_of(device, stream), content.data(), from, num_bytes))
+                return py::none();
+            return py::bytes(content);
+        },
+        py::arg("device"), py::arg("stream"), py::arg("address"), py::arg("num_bytes"));
     module.def("set_image_source", &set_image_source, py::arg("source"));
 
     cuda::bind_gating(module);

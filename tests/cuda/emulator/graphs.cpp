@@ -129,6 +129,16 @@ EXPORT CUresult cuMemcpyHtoD_v2(CUdeviceptr to, const void *from, size_t bytes) 
     return CUDA_SUCCESS;
 }
 
+EXPORT CUresult cuMemcpyDtoHAsync_v2(void *to, CUdeviceptr from, size_t bytes, CUstream stream) {
+    if (const CUresult refused = begin("cuMemcpyDtoHAsync_v2"); refused != CUDA_SUCCESS)
+        return refused;
+    const std::lock_guard<std::mutex> lock(mutex);
+    if (captures.count(stream))
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED; // of memory that is not pinned
+    std::memcpy(to, reinterpret_cast<const void *>(from), bytes);
+    return CUDA_SUCCESS;
+}
+
 EXPORT CUresult cuMemcpyDtoH_v2(void *to, CUdeviceptr from, size_t bytes) {
     std::memcpy(to, reinterpret_cast<const void *>(from), bytes);
     return CUDA_SUCCESS;
