@@ -115,22 +115,29 @@ PYROUTE_DEVICE uint16_t f16_of(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
     return half;
 }
-// Finite numbers to two codes of FP8, where the device has an instruction for it; too large ones saturate.
+// Whether the card converts to and from FP8 codes; below sm_89 the words that do must not be reached.
+PYROUTE_DEVICE constexpr bool converts_fp8() {
 #if __CUDA_ARCH__ >= 890
-#define PYROUTE_FP8_CONVERT 1
+    return true;
+#else
+    return false;
+#endif
+}
+// Finite numbers to two codes of FP8; too large ones saturate.
 PYROUTE_DEVICE uint32_t e4m3x2_of(float low, float high) {
-    uint16_t both;
+    uint16_t both = 0;
+#if __CUDA_ARCH__ >= 890
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+#endif
     return both;
 }
 PYROUTE_DEVICE uint32_t e5m2x2_of(float low, float high) {
-    uint16_t both;
+    uint16_t both = 0;
+#if __CUDA_ARCH__ >= 890
     asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+#endif
     return both;
 }
-#else
-#define PYROUTE_FP8_CONVERT 0
-#endif
 
 // 16 bytes at once; addresses are multiples of 16.
 struct alignas(16) Words {

@@ -68,16 +68,15 @@ template <class Format> PYROUTE_DEVICE uint32_t encode_any(float x) {
 
 // Two numbers that round to finite codes, the first in the low byte; the upper half of the result is zero.
 template <class Format> PYROUTE_DEVICE uint32_t encode_finite2(float low, float high) {
-#if PYROUTE_FP8_CONVERT
-    if constexpr (Format::mantissa_bits == 3)
-        return e4m3x2_of(low, high);
-    else
-        return e5m2x2_of(low, high);
-#else
+    if (converts_fp8()) {
+        if constexpr (Format::mantissa_bits == 3)
+            return e4m3x2_of(low, high);
+        else
+            return e5m2x2_of(low, high);
+    }
     const uint32_t a = encode_magnitude<Format>(magnitude_bits(low)) & 0x7f;
     const uint32_t b = encode_magnitude<Format>(magnitude_bits(high)) & 0x7f;
     return a | ((bits_of(low) >> 24) & 0x80) | (b | ((bits_of(high) >> 24) & 0x80)) << 8;
-#endif
 }
 
 // What a block's elements are multiplied with and what is stored for it.

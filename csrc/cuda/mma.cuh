@@ -121,15 +121,7 @@ PYROUTE_DEVICE uint32_t select_top_bits(uint32_t bytes, uint32_t selector) {
     asm("prmt.b32 %0, %1, %1, %2;" : "=r"(mask) : "r"(bytes), "r"(selector | 0x8888u));
     return mask;
 }
-// Whether the card converts FP8 codes; below sm_89 f16_pair_of_e4m3 must not be reached.
-PYROUTE_DEVICE constexpr bool converts_fp8() {
-#if __CUDA_ARCH__ >= 890
-    return true;
-#else
-    return false;
-#endif
-}
-// The two codes in the low half as float16: exact, NaN codes as some NaN.
+// The two codes in the low half as float16: exact, NaN codes as some NaN. Where converts_fp8().
 PYROUTE_DEVICE uint32_t f16_pair_of_e4m3(uint32_t codes) {
     uint32_t pair = 0;
 #if __CUDA_ARCH__ >= 890

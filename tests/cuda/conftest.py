@@ -37,6 +37,12 @@ def seed(request, monkeypatch):
 
 
 @pytest.fixture
+def card(request, monkeypatch):
+    """The compute capability that kernels are as if compiled for: ``parametrize("card", ..., indirect=True)``."""
+    monkeypatch.setenv("PYROUTE_EMULATED_ARCH", str(request.param))
+
+
+@pytest.fixture
 def races_allowed(monkeypatch):
     """For input that makes threads collide, offsets that are none: what is written is any of it, in its place."""
     monkeypatch.setenv("PYROUTE_EMULATOR_RACES", "0")

@@ -197,6 +197,16 @@ def test_blocks_of_a_cluster_that_do_not_wait_for_each_other(wrong, words, monke
     assert all(re.search(words, sentence) for sentence in found), found
 
 
+@SEEDS
+def test_a_barrier_that_the_peer_may_not_have_initialised_is_a_race(seed, monkeypatch):
+    """Whatever the order: also where the peer happens to have done so."""
+    monkeypatch.setenv("PYROUTE_EMULATOR_RACES", "1")
+    x = np.ones((128, 128), np.uint8)
+    for wrong, words in ((0, "^$"), (1, "race: .* nothing orders the initialisation of the barrier|is not init")):
+        sentence = tile_probe(x, kernel="probe_cluster", blocks=2, cluster=2, tile=2 * TILE + 64, wrong=wrong)[2]
+        assert re.search(words, sentence), sentence
+
+
 class RegistersProbeArgs(ctypes.Structure):
     _fields_ = [("out", ctypes.c_void_p), ("wrong", ctypes.c_uint32)]
 

@@ -86,7 +86,8 @@ def test_many_experts_and_none(dtype):
 @TYPES
 @pytest.mark.parametrize("activation", PROGRAMS)
 @pytest.mark.parametrize("inner", [16, 128, 144, 400])
-def test_quantised_rows_are_those_of_the_two_ops(activation, dtype, inner):
+@pytest.mark.parametrize("card", [80, 90], indirect=True)
+def test_quantised_rows_are_those_of_the_two_ops(card, activation, dtype, inner):
     """Values that the rows' type cannot hold are rounded to it before they are quantised."""
     for power_of_two in (False, True):
         case = Case(activation, dtype, inner, bias=np.float32, weighted=True, seed=inner)

@@ -177,7 +177,8 @@ def test_permute_quantize_is_permute_then_quantize(dtype, scale_format, rng):
 
 
 @SEEDS
-def test_quantised_rows_of_many_slots(seed, rng):
+@pytest.mark.parametrize("card", [80, 90], indirect=True)
+def test_quantised_rows_of_many_slots(card, seed, rng):
     routes = Routes(rng, 60, 19, 33, 0.3, 2)
     x = numbers(rng, (60, 1160), TYPES[1])
     codes, scales = parts_of(permute_quantize(x, routes.host))

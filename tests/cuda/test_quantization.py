@@ -1,7 +1,8 @@
 """quantize_fp8 and dequantize_fp8 on the emulated GPU: the CPU floor's bytes.
 
 Rows that allow 16-byte loads take the kernels for 1x128, 128x128 and 128x1 blocks, which convert by the instruction
-(emulator/conversions.h does what the manual says); others the general one, which converts by integer steps.
+(emulator/conversions.h does what the manual says) or, on cards that have none, by integer steps; others the general
+one, which takes those steps everywhere.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pyroute._device import quantization as device
 TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float64": np.float64}
 FORMATS = ("e4m3", "e5m2")
 BLOCKS = ((1, 128), (128, 128), (128, 1))
+CARDS = pytest.mark.parametrize("card", [80, 90], indirect=True)  # by integer steps, by the instruction
 
 
 def on_gpu(x, offset=0, **arguments):
@@ -56,7 +58,8 @@ def with_specials(x, rng, fraction=0.02):
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_bytes(dtype, format, block):
+@CARDS
+def test_bytes(dtype, format, block, card):
     rng = np.random.default_rng(1)
     for scale_format in ("float32", "ue8m0"):
         x = with_specials(values((150, 272), TYPES[dtype], rng), rng)
@@ -141,7 +144,8 @@ def in_blocks(x, largest, *, finite):
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_16_bit_pattern(dtype, format):
+@CARDS
+def test_every_16_bit_pattern(dtype, format, card):
     """In blocks of scale 1, and all by magnitude."""
     every = np.arange(2**16, dtype=np.uint16).view(TYPES[dtype])
     with np.errstate(invalid="ignore"):
@@ -154,14 +158,16 @@ def test_every_16_bit_pattern(dtype, format):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_float32_around_every_tie(format):
-    """Each code, each tie between neighbours, the float32 numbers beside them, and random patterns."""
+@CARDS
+def test_float32_around_every_tie(format, card):
+    """Each code, each tie between neighbours, the numbers beside them, every 4099th pattern, and random ones."""
     codes = np.arange(0x7F if format == "e4m3" else 0x7C, dtype=np.uint8)
     exact = codes.view(ml_dtypes.float8_e4m3fn if format == "e4m3" else ml_dtypes.float8_e5m2).astype(np.float64)
     points = np.concatenate([exact, (exact[1:] + exact[:-1]) / 2]).astype(np.float32)
     around = np.concatenate([np.nextafter(points, np.float32(d)) for d in (-np.inf, np.inf)])
     bits = np.random.default_rng(5).integers(0, 2**32, 200_000, np.uint64).astype(np.uint32).view(np.float32)
-    x = np.concatenate([points, around, bits[np.abs(bits) <= exact[-1]]])
+    sweep = np.arange(0, exact[-1].astype(np.float32).view(np.uint32), 4099, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([points, around, sweep, bits[np.abs(bits) <= exact[-1]]])
     x = np.concatenate([x, -x])
     x = x[np.abs(x) <= exact[-1]]
     for finite, offset in itertools.product((True, False), (0, 1)):

@@ -28,12 +28,24 @@ static PhaseBarrier &find(Block &block, uint32_t address, const char *word) {
     return barrier->second;
 }
 
+// That it is initialised may be known to some threads only, and chance for others.
+static PhaseBarrier &find_as_thread(Block &block, uint32_t address, const char *word) {
+    PhaseBarrier &barrier = find(block, address, word);
+    if (!is_past(barrier.initialised))
+        fail("race: " + std::string(word) + ": nothing orders the initialisation of " +
+             place_of(block, offset_of(block, address, word)) + " before it");
+    return barrier;
+}
+
+void check_initialised(Block &block, uint32_t address, const char *word) { find_as_thread(block, address, word); }
+
 void barrier_init(uint32_t address, uint32_t count) {
     Block &block = *current->block;
     const uint32_t offset = offset_of(block, address, "barrier_init");
     if (count == 0 || count > most)
         fail("barrier_init with a count of " + std::to_string(count));
-    if (!block.phase_barriers.emplace(offset, PhaseBarrier{count, count, 0, 0, {}, {}, false, current, {}}).second)
+    if (!block.phase_barriers.emplace(offset, PhaseBarrier{count, count, 0, 0, {}, {}, false, current, moment(), {}})
+             .second)
         fail("barrier_init: " + place_of(block, offset) + " is initialised already");
     std::memcpy(block.memory + offset, &mark, 8);
 }
@@ -56,7 +68,7 @@ static void end_phase_if_complete(PhaseBarrier &barrier) {
 }
 
 void barrier_arrive(Block &block, uint32_t address, int64_t expected_bytes, const char *word) {
-    PhaseBarrier &barrier = find(block, address, word);
+    PhaseBarrier &barrier = find_as_thread(block, address, word);
     if (&block != current->block && !barrier.fenced)
         fail(std::string(word) + " at a barrier of another block that was not fenced after its initialisation");
     if (barrier.pending == 0)
@@ -73,7 +85,7 @@ void barrier_arrive(Block &block, uint32_t address, int64_t expected_bytes, cons
     end_phase_if_complete(barrier);
 }
 
-void barrier_complete(Block &block, uint32_t address, int64_t bytes, const CopyTime &copy) {
+void barrier_complete(Block &block, uint32_t address, int64_t bytes, const Moment &copy) {
     PhaseBarrier &barrier = find(block, address, "a copy");
     release_copy(barrier.arrivals, copy);
     if (!barrier.fenced)
@@ -86,7 +98,7 @@ void barrier_complete(Block &block, uint32_t address, int64_t bytes, const CopyT
 }
 
 bool barrier_try_wait(uint32_t address, uint32_t parity) {
-    PhaseBarrier &barrier = find(*current->block, address, "barrier_try_wait");
+    PhaseBarrier &barrier = find_as_thread(*current->block, address, "barrier_try_wait");
     if (parity > 1)
         fail("barrier_try_wait for the parity " + std::to_string(parity));
     if ((barrier.phase & 1) != parity) {

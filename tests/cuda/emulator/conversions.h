@@ -9,8 +9,6 @@
 #include <cstring>
 #include <limits>
 
-#define PYROUTE_FP8_CONVERT 1
-
 namespace pyroute::cuda {
 
 namespace emulated {
@@ -47,6 +45,7 @@ inline float f16_to_f32(uint16_t half) {
         x = mantissa ? std::numeric_limits<float>::quiet_NaN() : std::numeric_limits<float>::infinity();
     return half & 0x8000 ? -x : x;
 }
+inline bool converts_fp8() { return emulator::arch() >= 89; }
 inline uint32_t e4m3x2_of(float low, float high) {
     const auto one = [](float x) { return emulated::code_of<3, -6>(x, 0x80, 0x7e, 0x7f); };
     return one(low) | one(high) << 8;

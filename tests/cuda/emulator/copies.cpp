@@ -20,7 +20,7 @@ struct Tile {
     uint32_t barrier;
     const Thread *owner;
     bool committed, read;
-    CopyTime time;
+    Moment time;
     std::vector<char> data;
 
     uint32_t row_bytes() const { return map.box_cols * map.item_bytes; }
@@ -37,7 +37,7 @@ struct Copies {
     };
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
-    std::vector<CopyTime> open_stores, committed_stores;
+    std::vector<Moment> open_stores, committed_stores;
 };
 
 static Copies &copies_of(Thread &thread) {
@@ -187,6 +187,7 @@ void load_tile(uint32_t to, const void *map, int32_t x, int32_t y, uint32_t barr
             tile.barrier = barrier;
             const size_t bytes = size_t{tile.rows} * tile.row_bytes();
             char *place = shared_pointer(*tile.block, to, bytes, "load_tile");
+            check_initialised(*tile.block, barrier, "load_tile");
             tile.time = watch_load(*tile.block, place, bytes, barrier);
             std::memset(place, poison, bytes); // what was there is lost from now on
             ask_for(tile);
@@ -237,7 +238,7 @@ void wait_stores(bool until_written) {
             ++i;
     }
     Copies &mine = copies_of(*current);
-    for (const CopyTime &time : mine.committed_stores)
+    for (const Moment &time : mine.committed_stores)
         acquire_copy(time);
     mine.committed_stores.clear();
     maybe_pause();

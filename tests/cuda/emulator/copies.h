@@ -17,10 +17,11 @@ void copies_of_exiting_block(Block &block); // fails if some still need its shar
 std::string barriers_waited_for(const Block &block);
 
 // Phase barriers; addresses as in shared_address().
+void check_initialised(Block &block, uint32_t address, const char *word); // by who asks for a copy that counts there
 void barrier_init(uint32_t address, uint32_t count);
 void barrier_init_fence();
 void barrier_arrive(Block &block, uint32_t address, int64_t expected_bytes, const char *word);
-void barrier_complete(Block &block, uint32_t address, int64_t bytes, const CopyTime &copy);
+void barrier_complete(Block &block, uint32_t address, int64_t bytes, const Moment &copy);
 bool barrier_try_wait(uint32_t address, uint32_t parity);
 
 // Tiles. `map` is a tensor map as the driver made it.

@@ -36,6 +36,7 @@ namespace emulator {
 EMULATOR_UNWATCHED inline Index3 thread_index() { return current->index; }
 EMULATOR_UNWATCHED inline Index3 block_index() { return current->block_index; }
 EMULATOR_UNWATCHED inline uint32_t current_threads() { return current_shape.threads; }
+EMULATOR_UNWATCHED inline uint32_t arch() { return current_shape.arch; }
 EMULATOR_UNWATCHED inline Index3 grid() { return current_shape.grid; }
 EMULATOR_UNWATCHED inline char *dynamic_shared() { return current->block->memory; }
 

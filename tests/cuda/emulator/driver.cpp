@@ -404,7 +404,11 @@ CUresult run_now(const Kernel &kernel, const CUlaunchConfig &config, unsigned cl
     std::vector<char> copy(kept.size() + 128); // tensor maps in it are aligned
     void *args = reinterpret_cast<void *>((reinterpret_cast<uintptr_t>(copy.data()) + 127) / 128 * 128);
     std::memcpy(args, kept.data(), kept.size());
-    const Shape shape = {{config.grid_x, config.grid_y, config.grid_z}, config.block_x, config.shared_bytes, cluster};
+    const Shape shape = {{config.grid_x, config.grid_y, config.grid_z},
+                         config.block_x,
+                         config.shared_bytes,
+                         cluster,
+                         static_cast<uint32_t>(emulated_arch())};
     const std::string sentence = run(kernel, shape, args);
     if (!sentence.empty())
         return refuse(CUDA_ERROR_LAUNCH_FAILED, std::string(kernel.name) + ": " + sentence);

@@ -31,6 +31,7 @@ struct Machine {
     const void *args = nullptr;
     std::vector<Warp *> runnable;
     std::vector<std::unique_ptr<Cluster>> resident;
+    std::vector<Block *> late; // blocks of resident clusters that have not begun
     std::string failure;
     uint64_t random = 1;
     uint64_t idle_turns = 0; // turns in a row that ended in pause()
@@ -131,6 +132,21 @@ std::string who_waits() {
     return text;
 }
 
+void begin_threads(Block &block) {
+    for (Thread &thread : block.threads)
+        wake(thread);
+}
+
+// A cluster's blocks are resident together and begin in any order: one of them when the others wait for it.
+void begin_blocks(const Cluster &cluster) {
+    const size_t late = cluster.blocks.size() > 1 ? next_random() % cluster.blocks.size() : 1;
+    for (size_t rank = 0; rank < cluster.blocks.size(); ++rank)
+        if (rank == late)
+            machine.late.push_back(cluster.blocks[rank]);
+        else
+            begin_threads(*cluster.blocks[rank]);
+}
+
 void run_blocks(const Shape &shape) {
     const uint64_t num_clusters = uint64_t{shape.grid.x} / shape.cluster * shape.grid.y * shape.grid.z;
     const uint64_t most_resident = std::max<uint64_t>(1, number_from("PYROUTE_EMULATED_SMS", 4) / shape.cluster);
@@ -143,14 +159,17 @@ void run_blocks(const Shape &shape) {
         while (!order.empty() && machine.resident.size() < most_resident) {
             machine.resident.push_back(new_cluster(shape, order.back()));
             order.pop_back();
-            for (Block *block : machine.resident.back()->blocks)
-                for (Thread &thread : block->threads)
-                    wake(thread);
+            begin_blocks(*machine.resident.back());
         }
         if (machine.resident.empty())
             return land_all_copies();
         if (copies_under_way() && (machine.runnable.empty() || next_random() % machine.copy_delay == 0)) {
             land_a_copy(machine.runnable.empty());
+            continue;
+        }
+        if (machine.runnable.empty() && !machine.late.empty()) {
+            begin_threads(*machine.late.back());
+            machine.late.pop_back();
             continue;
         }
         if (machine.runnable.empty())
@@ -264,6 +283,7 @@ std::string run(const Kernel &kernel, const Shape &shape, const void *args) {
     current = nullptr;
     forget_copies();
     machine.runnable.clear();
+    machine.late.clear();
     machine.resident.clear();
     machine.stacks.give_all();
     return machine.failure;

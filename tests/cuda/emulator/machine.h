@@ -33,6 +33,7 @@ struct Kernel {
 struct Shape {
     Index3 grid;
     uint32_t threads, shared_bytes, cluster;
+    uint32_t arch; // 10 * major + minor: what code compiled for it would do
 };
 
 enum class Collective : uint8_t {
@@ -109,6 +110,7 @@ struct PhaseBarrier {
     Times arrivals, ended; // what lies before the end of this phase, of the last one
     bool fenced;           // the cluster and the copy engine see it
     Thread *owner;
+    Moment initialised;
     std::vector<Thread *> waiting;
 };
 

@@ -3,7 +3,6 @@
 
 #include "copies.h"
 #include "products.h"
-#include "refusals.h"
 
 namespace pyroute::cuda {
 
@@ -21,12 +20,11 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::multiply(emulator::Items::f16, d, a, b);
 }
-inline bool native_fp8() { return emulator::emulated_arch() == 89 || emulator::emulated_arch() >= 120; }
+inline bool native_fp8() { return emulator::arch() == 89 || emulator::arch() >= 120; }
 template <bool a_e5m2> void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
     emulator::multiply(a_e5m2 ? emulator::Items::e5m2_by_e4m3 : emulator::Items::e4m3, d, a, b);
 }
 
-inline bool converts_fp8() { return emulator::emulated_arch() >= 89; }
 inline uint32_t f16_pair_of_e4m3(uint32_t codes) {
     const auto one = [](uint32_t code) -> uint32_t {
         const uint32_t exponent = code >> 3 & 15, mantissa = code & 7;

@@ -174,12 +174,14 @@ void watch_at(const void *address, size_t bytes, Access access, const void *code
     const auto *place = static_cast<const char *>(address);
     if (static_cast<uintptr_t>(place - me.stack) < Stacks::bytes)
         return;
-    const Block &block = *me.block;
-    const Accessor by{*block.cluster, *me.knows.of_others, slot_of(me), me.knows.now, access, code, ""};
-    const uintptr_t offset = static_cast<uintptr_t>(place - block.memory);
-    if (offset < region_bytes)
-        return check_all([&](uintptr_t at) -> Cell & { return (*block.cells)[at / 4]; }, offset, bytes, by,
-                         "bytes in shared memory");
+    const Cluster &cluster = *me.block->cluster;
+    const Accessor by{cluster, *me.knows.of_others, slot_of(me), me.knows.now, access, code, ""};
+    for (const Block *block : cluster.blocks) {
+        const uintptr_t offset = static_cast<uintptr_t>(place - block->memory);
+        if (offset < region_bytes)
+            return check_all([&](uintptr_t at) -> Cell & { return (*block->cells)[at / 4]; }, offset, bytes, by,
+                             block == me.block ? "bytes in shared memory" : "bytes in another block's shared memory");
+    }
     check_all([](uintptr_t at) -> Cell & { return cells_of(at >> 12)[(at & 4095) / 4]; },
               reinterpret_cast<uintptr_t>(place), bytes, by, "bytes in global memory");
 }
@@ -293,17 +295,23 @@ void order_blocks(const void *atomic) {
     }
 }
 
+Moment moment() { return state.on ? Moment{slot_of(*current), current->knows.now} : Moment{}; }
+
+bool is_past(const Moment &then) {
+    return !state.on || then.slot == slot_of(*current) || then.time <= (*current->knows.of_others)[then.slot];
+}
+
 // ---- copies
 
-static CopyTime next_time(Cluster &cluster, uint32_t engine) {
+static Moment next_time(Cluster &cluster, uint32_t engine) {
     return {num_threads() + engine, ++cluster.engine_times[engine]};
 }
 
-CopyTime watch_load(const Block &to, const char *place, size_t bytes, uint32_t barrier) {
+Moment watch_load(const Block &to, const char *place, size_t bytes, uint32_t barrier) {
     if (!state.on)
         return {};
     Cluster &cluster = *to.cluster;
-    const CopyTime copy = next_time(cluster, to.rank * 2 * engines + barrier / 8 % engines);
+    const Moment copy = next_time(cluster, to.rank * 2 * engines + barrier / 8 % engines);
     Times known = *current->knows.of_others;
     known[slot_of(*current)] = current->knows.now;
     const Accessor by{cluster, known, copy.slot, copy.time, Access::write, nullptr, "a copy that it asks for "};
@@ -312,19 +320,19 @@ CopyTime watch_load(const Block &to, const char *place, size_t bytes, uint32_t b
     return copy;
 }
 
-void release_copy(Times &to, const CopyTime &copy) {
+void release_copy(Times &to, const Moment &copy) {
     if (!state.on)
         return;
     to.resize(std::max<size_t>(to.size(), copy.slot + 1));
     to[copy.slot] = std::max(to[copy.slot], copy.time);
 }
 
-CopyTime watch_store(const char *place, size_t bytes) {
+Moment watch_store(const char *place, size_t bytes) {
     if (!state.on)
         return {};
     const Block &block = *current->block;
     Cluster &cluster = *block.cluster;
-    const CopyTime copy = next_time(cluster, block.rank * 2 * engines + engines + current->index.x / 32 % engines);
+    const Moment copy = next_time(cluster, block.rank * 2 * engines + engines + current->index.x / 32 % engines);
     Times known = *current->knows.of_others;
     known[slot_of(*current)] = current->knows.now;
     const Accessor by{cluster, known, copy.slot, copy.time, Access::read, nullptr, "a copy that it asks for "};
@@ -333,7 +341,7 @@ CopyTime watch_store(const char *place, size_t bytes) {
     return copy;
 }
 
-void acquire_copy(const CopyTime &copy) {
+void acquire_copy(const Moment &copy) {
     if (!state.on || !copy.time)
         return;
     Times known = *current->knows.of_others;

@@ -47,13 +47,17 @@ void acquire(const Times &from); // by the current thread
 void fence_blocks();
 void order_blocks(const void *atomic);
 
-// Copies of the current thread: a load's write lies before who acquires its time; a store's read before its wait.
-struct CopyTime {
+// A time of one thread or copy.
+struct Moment {
     uint32_t slot, time;
 };
-CopyTime watch_load(const Block &to, const char *place, size_t bytes, uint32_t barrier);
-void release_copy(Times &to, const CopyTime &copy);
-CopyTime watch_store(const char *place, size_t bytes);
-void acquire_copy(const CopyTime &copy);
+Moment moment();                  // of the current thread
+bool is_past(const Moment &then); // for the current thread, which knows of it
+
+// Copies of the current thread: a load's write lies before who acquires its time; a store's read before its wait.
+Moment watch_load(const Block &to, const char *place, size_t bytes, uint32_t barrier);
+void release_copy(Times &to, const Moment &copy);
+Moment watch_store(const char *place, size_t bytes);
+void acquire_copy(const Moment &copy);
 
 } // namespace emulator
