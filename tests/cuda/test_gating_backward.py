@@ -108,7 +108,7 @@ def test_sequences_of_any_ids(rng, dtype):
         rng.choice(np.array([info.min, info.max, 3], dtype), 70),
         np.arange(70).astype(dtype),
         rng.integers(0, 9, 70).astype(dtype),
-        rng.integers(info.min, info.max, 70, dtype),  # some of which meet at one place of the table
+        rng.integers(info.min, info.max, 70, dtype),
     ):
         kwargs = {"sequence_ids": ids, "token_mask": mask}
         same(pyroute.balance_loss, z, gating, config, scope="sequence", **kwargs)
@@ -122,6 +122,26 @@ def test_sequences_of_any_ids(rng, dtype):
             balance_loss_scope="sequence",
             **kwargs,
         )
+
+
+def ids_that_meet(count, table_size):
+    """Sequence ids whose place in csrc/cuda/gating_losses.cuh's table is its last one: looking goes on at its start."""
+    inverse = pow(0x9E3779B97F4A7C15, -1, 2**64)
+    last = 2**64 - 2**64 // table_size
+    return np.array([(last + i) * inverse % 2**64 for i in range(count)], np.uint64)
+
+
+@pytest.mark.parametrize("seed", range(4), indirect=True)
+def test_sequences_that_meet_in_the_table(rng, seed):
+    """Tokens of one sequence find its first one behind others, whichever of them comes first."""
+    config, num_tokens = RouterConfig(24, 3), 70
+    z, gating, grad, mask = problem(rng, config, num_tokens, np.float32, hard=False)
+    met = ids_that_meet(10, 2 << num_tokens.bit_length())
+    for ids in (met[rng.integers(0, 10, num_tokens)], rng.permutation(ids_that_meet(num_tokens, 256))):
+        kwargs = {"sequence_ids": ids, "token_mask": mask}
+        same(pyroute.balance_loss, z, gating, config, scope="sequence", **kwargs)
+        coefs = {"balance_loss_coef": 1.0, "balance_loss_scope": "sequence"}
+        same(topk_gating_backward, grad, z, gating, config, **coefs, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
