@@ -178,6 +178,7 @@ def run_bench(args: argparse.Namespace) -> int:
 
 
 def run_gpu_bench(args: argparse.Namespace) -> int:
+    options.refuse_on_gpu(args)
     try:
         from .bench.suite.gpu.run import bench
     except ImportError as error:

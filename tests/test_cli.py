@@ -466,3 +466,12 @@ def test_pictures():
     assert terminal.number_of_bytes(45.1e9) == "45.1 GB"
     assert terminal.duration(0.0142) == "14.2 ms"
     assert terminal.duration(0.9999) == "1 s"
+
+
+@pytest.mark.parametrize(
+    "given", [["--scaling"], ["--parts", "growth"], ["--plot", "x.html"], ["--cost"], ["--threads", "2"]]
+)
+def test_what_only_the_cpu_suite_has_is_refused_with_gpu(given, capsys):
+    """Before PyTorch or a GPU is looked for."""
+    assert main(["bench", "--gpu", *given]) == 2
+    assert capsys.readouterr().err == f"pyroute bench: bench --gpu does not take {given[0]}\n"

@@ -30,10 +30,14 @@ def gpu_check(monkeypatch):
         "needing": "print('ran')",
     }
     needs = {"after": ("bad",), "needing": ("good",)}
+    codes["without"] = "print('ran')"
     stages = tuple(
-        module.Stage(name, 2, needs.get(name, ()), name != "absent", True, (sys.executable, "-c", code))
+        module.Stage(
+            name, 2, needs.get(name, ()), name != "absent", True, (sys.executable, "-c", code),
+            "no_such_package" * (name == "without"),
+        )
         for name, code in codes.items()
-    )
+    )  # fmt: skip
     monkeypatch.setattr(module, "STAGES", stages)
     monkeypatch.setattr(module, "NAMES", tuple(codes))
     return module
@@ -52,8 +56,9 @@ def test_stages_fail_alone(gpu_check, tmp_path, capsys):
         "absent": ("skipped", "no such thing here"),
         "after": ("skipped", "bad failed"),
         "needing": ("ok", "ran"),
+        "without": ("skipped", "no_such_package is not installed"),
     }
-    assert "total      2 ok, 3 failed, 2 skipped" in capsys.readouterr().out
+    assert "total      2 ok, 3 failed, 3 skipped" in capsys.readouterr().out
 
 
 def test_the_time_of_all_stages_has_an_end(gpu_check, capsys):
@@ -61,6 +66,31 @@ def test_the_time_of_all_stages_has_an_end(gpu_check, capsys):
     printed = capsys.readouterr().out
     assert "not done after 1 s" in printed
     assert "the 2 s are over: --stage needing" in printed
+
+
+def test_what_is_known_is_written_after_every_stage(gpu_check, tmp_path, monkeypatch):
+    """The machine may be gone before the last one."""
+    file = tmp_path / "out.json"
+
+    def interrupted(stage, *arguments):
+        if stage.name == "bad":
+            raise KeyboardInterrupt
+        return run(stage, *arguments)
+
+    run = gpu_check.run
+    monkeypatch.setattr(gpu_check, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main(["--json", str(file), "--stage", "good,bad"])
+    assert [stage["stage"] for stage in json.loads(file.read_text())["stages"]] == ["good"]
+
+
+def test_the_commands_of_the_docstring_name_every_stage(monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_check", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lists = [word.split(",") for word in module.__doc__.split() if word.startswith("build,device,")]
+    assert len(lists) == 2
+    assert {name for stages in lists for name in stages} == set(module.NAMES)
 
 
 def test_some_stages_without_a_gpu(gpu_check, capsys):

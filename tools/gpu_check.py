@@ -2,19 +2,30 @@
 """Everything that has to hold on a GPU, in one command of under eight minutes: build, correctness, speed.
 
     python tools/gpu_check.py                    on a machine with a GPU; needs NumPy, ml_dtypes and pytest
-    python tools/gpu_check.py --json out.json    the results and the end of every stage's output too
+    python tools/gpu_check.py --json out.json    the results and the end of every stage's output too, after each stage
     python tools/gpu_check.py --quick            fewer repeats, no sanitizer, small benchmarks
     python tools/gpu_check.py --stage exact      some stages
     python tools/gpu_check.py --emulated         without a GPU: the correctness stages on the emulated one
 
+On a machine that is had for ten minutes at a time, what tells most first, then everything else:
+
+    python tools/gpu_check.py --json first.json --stage build,device,exact,graphs,repeats,bench
+    python tools/gpu_check.py --json second.json --seconds 560 \\
+        --stage build,device,tests,pytorch,cupy,memcheck,racecheck,initcheck,synccheck,nvrtc
+
+It needs no network. Building takes cmake, a C++ compiler and pybind11 3; without them pyroute is taken as it is
+installed. Without nvcc NVRTC compiles the kernels. PyTorch is needed for its own operations and the benchmarks, and
+compute-sanitizer, CuPy and DeepGEMM (`pip install sgl-deep-gemm`, whose kernels need CUDA_HOME) are used where they are
+there: a stage without what it needs is skipped and says so.
+
 Every stage is a process of its own with its own time, prints one line, and says what it skipped and why. A stage whose
-requirement failed is skipped; the others go on. Whatever a kernel does to the GPU ends with its process. PyTorch is
-needed for its own operations and the benchmarks; compute-sanitizer, CuPy and DeepGEMM are used where they are there.
+requirement failed is skipped; the others go on. Whatever a kernel does to the GPU ends with its process.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.machinery
 import importlib.util
 import json
@@ -39,6 +50,7 @@ class Stage(NamedTuple):
     emulated: bool  # whether it also runs without a GPU
     quick: bool  # whether --quick runs it
     command: tuple[str, ...]
+    package: str = ""  # that has to be there
 
 
 def child(name: str) -> tuple[str, ...]:
@@ -47,25 +59,39 @@ def child(name: str) -> tuple[str, ...]:
 
 # the script where there is one: `python -m pytest` would import the source tree before an installed package
 _SCRIPT = Path(sys.executable).parent / "pytest"
-PYTEST = (*((str(_SCRIPT),) if _SCRIPT.exists() else (sys.executable, "-m", "pytest")), "-q", "-p", "no:cacheprovider")
+# what the packages of that machine deprecate is no error of ours, nor is a plugin that they lack
+OURS = ("-q", "-p", "no:cacheprovider", "-o", "addopts=-rfEs", "-W", "default")
+PYTEST = (*((str(_SCRIPT),) if _SCRIPT.exists() else (sys.executable, "-m", "pytest")), *OURS)
 WORKERS = ("-n", "8") if importlib.util.find_spec("xdist") else ()
+# of what compilers make and of the emulator itself: they need no GPU, and minutes
+NOT_THERE = tuple(f"--ignore-glob=*{name}" for name in ("_sass.py", "_layout.py", "_images.py", "_emulator*.py"))
+
+
+def pytest(*arguments: str, seconds: int) -> tuple[str, ...]:
+    """Stopped early enough to tell what failed until then."""
+    until = (f"--session-timeout={seconds - 10}",) if importlib.util.find_spec("pytest_timeout") else ()
+    return (*PYTEST, *until, *arguments)
+
 
 STAGES = (
-    Stage("build", 200, (), True, True, child("build")),
+    Stage("build", 240, (), True, True, child("build")),
     Stage("device", 60, ("build",), True, True, child("device")),
     Stage("exact", 90, ("device",), True, True, child("exact")),
-    Stage("pytorch", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_pytorch.py")),
-    Stage("graphs", 60, ("device",), True, True, (*PYTEST, "tests/cuda/test_graph_capture.py")),
-    Stage("tests", 150, ("device",), False, True, (*PYTEST, *WORKERS, "--maxfail=25", "tests/cuda")),
+    Stage("graphs", 60, ("device",), True, True, pytest("tests/cuda/test_graph_capture.py", seconds=60)),
     Stage("repeats", 60, ("device",), True, True, child("repeats")),
-    Stage("bench", 170, ("device",), True, True, child("bench")),
-    Stage("cupy", 60, ("device",), False, True, child("cupy")),
+    Stage("bench", 240, ("device",), True, True, child("bench"), "torch"),
+    Stage(
+        "tests", 200, ("device",), False, True,
+        pytest(*WORKERS, *NOT_THERE, "--ignore-glob=*_pytorch.py", "--maxfail=25", "tests/cuda", seconds=200),
+    ),
+    Stage("pytorch", 120, ("device",), True, True, pytest("tests/cuda/test_pytorch.py", seconds=120), "torch"),
+    Stage("cupy", 60, ("device",), False, True, child("cupy"), "cupy"),
     *(
         Stage(tool, 60, ("device",), False, False, child(tool))
         for tool in ("memcheck", "racecheck", "initcheck", "synccheck")
     ),
     Stage("nvrtc", 90, ("device",), False, False, child("nvrtc")),
-)
+)  # fmt: skip
 NAMES = tuple(stage.name for stage in STAGES)
 
 
@@ -106,7 +132,20 @@ def environment(args: argparse.Namespace, folder: str) -> dict[str, str]:
         made["PYROUTE_EMULATOR_REQUIRED"] = "1"
     else:
         made.pop("PYROUTE_CUDA_DRIVER", None)
+        made.setdefault("PYROUTE_CUDA_ARCHS", architectures())
     return made
+
+
+@functools.cache
+def architectures() -> str:
+    """Those that the cards of this machine take, in CMake's words; empty where nobody says."""
+    ask = ("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+    try:
+        found = subprocess.run(ask, capture_output=True, text=True, timeout=30).stdout.split()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    numbers = sorted({int(text.replace(".", "")) for text in found if text.replace(".", "").isdigit()})
+    return ";".join(dict.fromkeys(f"{number}a" if number >= 90 else "80" for number in numbers))
 
 
 def built_in_place() -> bool:
@@ -145,6 +184,7 @@ def run(stage: Stage, args: argparse.Namespace, folder: str, left: float) -> Res
 
 
 def check(args: argparse.Namespace, folder: str) -> list[Result]:
+    """Stage after stage; what is known is written after each, for a machine that may be gone before the last."""
     results: dict[str, Result] = {}
     end = time.monotonic() + args.seconds
     for stage in STAGES:
@@ -155,6 +195,8 @@ def check(args: argparse.Namespace, folder: str) -> list[Result]:
             result = Result(stage.name, "skipped", 0, "needs a GPU")
         elif args.quick and not stage.quick:
             result = Result(stage.name, "skipped", 0, "not part of --quick")
+        elif stage.package and not importlib.util.find_spec(stage.package):
+            result = Result(stage.name, "skipped", 0, f"{stage.package} is not installed")
         elif missing:
             result = Result(stage.name, "skipped", 0, f"{missing[0]} {results[missing[0]].status}")
         elif end - time.monotonic() < 1:
@@ -162,10 +204,24 @@ def check(args: argparse.Namespace, folder: str) -> list[Result]:
         else:
             result = run(stage, args, folder, end - time.monotonic())
         results[stage.name] = result
+        write(args, folder, list(results.values()))
         print(f"{result.stage:10} {result.status:8} {result.seconds:6.1f} s  {result.note}", flush=True)
         if result.output and (args.verbose or result.status == "failed"):
             print("".join(f"    {line}\n" for line in result.output.splitlines()[-60:]), end="", flush=True)
     return list(results.values())
+
+
+def write(args: argparse.Namespace, folder: str, results: list[Result]) -> None:
+    if not args.json:
+        return
+    found: dict[str, Any] = {
+        name: json.loads(path.read_text())
+        for name in ("device", "bench")
+        if (path := Path(folder, f"{name}.json")).exists()
+    }
+    stages = [result._replace(output=result.output[-OUTPUT_KEPT:])._asdict() for result in results]
+    content = json.dumps({"emulated": args.emulated, **found, "stages": stages}, indent=1) + "\n"
+    Path(args.json).write_text(content)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -173,17 +229,9 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         results = check(args, folder)
-        found: dict[str, Any] = {
-            name: json.loads(path.read_text())
-            for name in ("device", "bench")
-            if (path := Path(folder, f"{name}.json")).exists()
-        }
     counts = {status: sum(result.status == status for result in results) for status in ("ok", "failed", "skipped")}
     summary = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
     print(f"{'total':10} {summary}, {time.monotonic() - start:.0f} s{', emulated' if args.emulated else ''}")
-    if args.json:
-        stages = [result._replace(output=result.output[-OUTPUT_KEPT:])._asdict() for result in results]
-        Path(args.json).write_text(json.dumps({"emulated": args.emulated, **found, "stages": stages}, indent=1) + "\n")
     return 1 if counts["failed"] else 0
 
 

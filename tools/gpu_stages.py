@@ -32,7 +32,8 @@ def skip(why: str) -> NoReturn:
 
 def program(name: str) -> str | None:
     """On the PATH, beside this Python, or where CUDA installs itself."""
-    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), "/usr/local/cuda/bin"]
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    places = [os.environ.get("PATH", ""), str(Path(sys.executable).parent), f"{cuda}/bin", f"{cuda}/compute-sanitizer"]
     return shutil.which(name, path=os.pathsep.join(places))
 
 
@@ -55,26 +56,29 @@ def build() -> None:
 
         print(f"cmake or pybind11 is missing: pyroute as it is in {Path(pyroute.__file__).parent}")
         return
+    nvcc = program("nvcc") if REAL else None
+    how = nvcc or "none, kernels through NVRTC"
+    if not built(cmake, nvcc):
+        how = f"{nvcc} failed, kernels through NVRTC"
+        if not nvcc or not built(cmake, None):
+            print("the build failed")
+            raise SystemExit(1)
+    print(f"built in {time.monotonic() - start:.0f} s, nvcc: {how}")
+
+
+def built(cmake: str, nvcc: str | None) -> bool:
+    """All that a GPU needs, which leaves out what Cython compiles."""
     folder = ROOT / "build/gpu_check"
     configure = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={ROOT / 'pyroute'}", "--log-level=WARNING"]
-    configure += [f"-DPYROUTE_CUDA={'AUTO' if REAL else 'OFF'}"]
-    if REAL and (archs := architectures()):
-        configure += [f"-DPYROUTE_CUDA_ARCHS={';'.join(archs)}"]
+    configure += ["-DPYROUTE_CUDA=ON", f"-DPYROUTE_NVCC={nvcc}"] if nvcc else ["-DPYROUTE_CUDA=OFF"]
+    if nvcc and (archs := os.environ.get("PYROUTE_CUDA_ARCHS")):
+        configure += [f"-DPYROUTE_CUDA_ARCHS={archs}"]
     if program("ninja"):
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={program('ninja')}"]
-    for command in (configure, [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]):
-        if subprocess.run(command).returncode:
-            print("the build failed")
-            raise SystemExit(1)
-    print(f"built in {time.monotonic() - start:.0f} s, nvcc: {program('nvcc') or 'none, kernels through NVRTC'}")
-
-
-def architectures() -> list[str]:
-    """Those that the cards of this machine take, in CMake's words."""
-    found = output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader").split()
-    numbers = sorted({int(capability.replace(".", "")) for capability in found})
-    return [f"{number}a" if number >= 90 else "80" for number in numbers]
+    targets = ["_core", "_cuda", *(["cuda_kernels"] if nvcc else [])]
+    make = [cmake, "--build", str(folder), "--parallel", str(os.cpu_count()), "--target", *targets]
+    return all(subprocess.run(command).returncode == 0 for command in (configure, make))
 
 
 def device() -> None:
@@ -182,13 +186,20 @@ def bench() -> None:
         import tensors
 
         tensors.emulate()
-    args = argparse.Namespace(rows=list(cases.ROWS), quick=QUICK, rounds=None, threads=0, case="", peers=False)
+    parser = argparse.ArgumentParser()
+    options.add_bench(parser)
+    args = parser.parse_args([*cases.ROWS, *(["--quick"] if QUICK else [])])
     options.check(args, rounds=30, quick_rounds=2)
     device = torch.device("cuda", torch.cuda.current_device()) if REAL else torch.device("cpu")
-    outcomes, ended = run.run(args, clock.Clock(device), sys.stdout)
-    lines = [line for outcome in outcomes for line in outcome.lines()]
     about = run.facts(device) if REAL else {}
-    Path(os.environ["PYROUTE_GPU_CHECK_FOLDER"], "bench.json").write_text(json.dumps({**about, "lines": lines}))
+    results = Path(os.environ["PYROUTE_GPU_CHECK_FOLDER"], "bench.json")
+    lines: list[dict[str, Any]] = []
+
+    def keep(outcome: run.Outcome) -> None:  # what is measured stays if the time is up
+        lines.extend(outcome.lines())
+        results.write_text(json.dumps({**about, "lines": lines}))
+
+    outcomes, ended = run.run(args, clock.Clock(device), sys.stdout, keep)
     held = [bar["met"] for line in lines for bar in line.get("bars", ())]
     failed = run.failures(outcomes)
     print("\n".join(failed))

@@ -74,11 +74,11 @@ def key_of(line: dict[str, Any]) -> tuple[Any, ...]:
 def machine_changed(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> str:
     """A sentence where the machine itself was not the same: then no time says anything about the code."""
     told = []
-    if any(line["limits"]["steadiness"] < STEADY for line in (*old, *new) if line.get("limits")):
+    if any(line["limits"].get("steadiness", 1) < STEADY for line in (*old, *new) if line.get("limits")):
         told.append("in one run at least it was busy")
-    for name, key in (("multiply-adds", "fma_gflops"), ("copying", "copy_gbs")):
+    for name, key in (("multiply-adds", "fma_gflops"), ("copying", "copy_gbs"), ("products", "bf16_tflops")):
         rates = [
-            max((line["limits"][key] or 0.0 for line in lines if line.get("limits")), default=0.0)
+            max((line["limits"].get(key) or 0.0 for line in lines if line.get("limits")), default=0.0)
             for lines in (old, new)
         ]
         if all(rates) and abs(rates[1] / rates[0] - 1) > LEAST:

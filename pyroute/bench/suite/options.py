@@ -67,6 +67,12 @@ def check(args: argparse.Namespace, *, rounds: int, quick_rounds: int) -> None:
     args.rounds = args.rounds or (quick_rounds if args.quick else rounds)
 
 
+def refuse_on_gpu(args: argparse.Namespace) -> None:
+    """What only the CPU's suite has, in one sentence; caches are always cold on a GPU."""
+    if given := [f"--{name}" for name in ("scaling", "parts", "plot", "cost", "threads") if getattr(args, name)]:
+        raise UsageError(f"bench --gpu does not take {', '.join(given)}")
+
+
 def some_of(option: str, given: str | Sequence[str], known: Sequence[str]) -> list[str]:
     """The names given, with commas between them or one by one; all of them where there are none."""
     names = [name for name in (given.split(",") if isinstance(given, str) else given) if name]

@@ -44,5 +44,8 @@ def append(lines: Sequence[dict[str, Any]], facts: dict[str, Any] | None = None,
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    try:
+        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:  # no git
+        return "unknown" if arguments[0] == "rev-parse" else ""
     return result.stdout.strip() or "unknown" if arguments[0] == "rev-parse" else result.stdout.strip()

@@ -79,11 +79,11 @@ def fitting(s: Shape, num_bytes: int) -> Shape:
 def logits(s: Shape) -> np.ndarray:
     """Normal numbers, which spread rows almost evenly, and what the load adds to them."""
     x = np.random.default_rng(1).normal(size=(s.tokens, s.num_experts)).astype(np.float32)
-    return x if s.load == "random" else x + _preference(s)
+    return x if s.load == "random" else x + preference(s)
 
 
-def _preference(s: Shape) -> np.ndarray:
-    """[T, E] or [E], larger where tokens are to go; 50 is beyond what normal numbers and biases can turn."""
+def preference(s: Shape) -> np.ndarray:
+    """[T, E] or [E], larger where tokens are to go, 0 for a random load; 50 is beyond normal numbers and biases."""
     name, _, exponent = s.load.partition(":")
     experts, wanted = np.arange(s.num_experts), np.zeros(s.num_experts, np.float32)
     match name:

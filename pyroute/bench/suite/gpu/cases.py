@@ -13,7 +13,7 @@ import pyroute
 
 from ....pytorch import moe_forward
 from ....router_config import RouterConfig
-from .. import peers
+from .. import peers, shapes
 from ..bars import Bar, Measured, at_most, faster
 from .clock import Clock, Column
 from .peers import columns
@@ -38,25 +38,38 @@ class Problem:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Shapes of DeepSeek-V3, or small ones that only have to run."""
+    """The table's, of DeepSeek-V3; or those of a ``model`` under a ``load``; or small ones that only have to run."""
 
-    quick: bool
-
-    @property
-    def tokens(self) -> int:
-        return 64 if self.quick else 8192
+    quick: bool = False
+    model: str = ""
+    load: str = "random"
 
     @property
-    def hidden(self) -> int:
-        return 256 if self.quick else 7168
+    def own(self) -> bool:
+        """Whether the caller chose what is measured, for which there are no bars."""
+        return bool(self.model) or self.load != "random"
+
+    def bars(self, *bars: Bar) -> tuple[Bar, ...]:
+        return () if self.own else bars
 
     @property
-    def intermediate(self) -> int:
-        return 128 if self.quick else 2048
+    def layer(self) -> shapes.Shape:
+        s = shapes.shape(self.model or "deepseek-v3", 8192)._replace(load=self.load)
+        return shapes.small(s)._replace(hidden=256, intermediate=128) if self.quick else s
 
     @property
-    def local_experts(self) -> int:
-        return 4 if self.quick else 32
+    def local(self) -> shapes.Shape:
+        """The layer with 32 of its experts at most, to which all slots go: what one device works on."""
+        s, most = self.layer, 4 if self.quick else 32
+        if s.num_experts <= most:
+            return s
+        config = RouterConfig(most, min(s.top_k, most), "softmax", renormalize="sum")
+        return s._replace(num_experts=most, config=config, of_experts=s.num_experts)
+
+    def products(self, *table: tuple[int, int]) -> list[tuple[int, int]]:
+        """N and K of the products to measure: the table's, or both of the caller's layer."""
+        s = self.layer
+        return [(2 * s.intermediate, s.hidden), (s.hidden, s.intermediate)] if self.own else list(table)
 
 
 def share_of_copy(ours: str, at_least: float) -> Bar:
@@ -84,12 +97,14 @@ def sets_of(make: Callable[[], Any], num_bytes: int, clock: Clock) -> list[Any]:
 
 
 def gate(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
-    config = RouterConfig.preset("deepseek-v3")
-    tokens, experts = sizes.tokens, config.num_experts
+    s = sizes.layer
+    config, (tokens, experts) = s.config, (s.tokens, s.num_experts)
     nbytes = 4 * tokens * experts + 8 * tokens * config.top_k
-    logits = sets_of(lambda: torch.randn(tokens, experts, device=clock.device), nbytes, clock)
-    g = Gate(logits, torch.randn(experts, device=clock.device) / 100, config)
-    bias = on_device(g.bias)
+    wanted = torch.from_numpy(shapes.preference(s)).to(clock.device)
+    logits = sets_of(lambda: torch.randn(tokens, experts, device=clock.device) + wanted, nbytes, clock)
+    chosen_by_bias = config.score == "sigmoid" and config.renormalize == "sum"
+    g = Gate(logits, torch.randn(experts, device=clock.device) / 100 if chosen_by_bias else None, config)
+    bias = None if g.bias is None else on_device(g.bias)
 
     def ours(z: torch.Tensor) -> Callable[[], Any]:
         given = on_device(z)
@@ -101,41 +116,45 @@ def gate(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
         host = [tensor(part).cpu().numpy() for part in got]  # the CPU's bytes
         return 0.0 if all(a.tobytes() == b.tobytes() for a, b in zip(host, g.exact, strict=True)) else float("inf")
 
-    bars = (at_most("pyroute", 14e-6), at_most("pyroute", 8e-6), share_of_copy("pyroute", 0.3))
+    bars = sizes.bars(at_most("pyroute", 14e-6), at_most("pyroute", 8e-6), share_of_copy("pyroute", 0.3))
     made = [Column("pyroute", [ours(z) for z in logits], kind="exact"), *columns("gate", g, everyone)]
-    return [Problem("gate", f"deepseek-v3 T={tokens}", nbytes, 0, made, check, bars)]
+    return [Problem("gate", s.name, nbytes, 0, made, check, bars)]
 
 
 # --- moves ------------------------------------------------------------------------------------------------------------
 
 
+def ids_of(clock: Clock, s: shapes.Shape) -> torch.Tensor:
+    return torch.from_numpy(shapes.gating(s).topk_idx).to(clock.device)
+
+
 def moves(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
-    """Balanced random ids."""
-    tokens, hidden, top_k = sizes.tokens, sizes.hidden, 8
-    experts = 16 if sizes.quick else 256
-    ids = torch.rand(tokens, experts, device=clock.device).topk(top_k, dim=1).indices.to(torch.int32)
+    s = sizes.layer
+    tokens, hidden, top_k, experts = s.tokens, s.hidden, s.top_k, s.num_experts
+    ids = ids_of(clock, s)
     x = torch.randn(tokens, hidden, device=clock.device).to(torch.bfloat16)
     m = Moves(x, ids, torch.rand(tokens, top_k, device=clock.device), experts)
     given, moved, by_slot, slots = on_device(x), on_device(m.rows), on_device(m.weights), on_device(ids)
-    plan, case, nbytes = m.plan, f"[{tokens}, {hidden}] bfloat16, {top_k} of {experts}", x.nbytes + m.rows.nbytes
+    plan, nbytes = m.plan, x.nbytes + m.rows.nbytes
+    case = f"{s.name} [{tokens}, {hidden}] bfloat16, {top_k} of {experts}"
     return [
         Problem("permute", case, nbytes, 0, [
             Column("pyroute", [lambda: pyroute.permute(given, plan)], kind="exact", read=tensor),
             Column("pyroute, plan included", [lambda: pyroute.permute(given, pyroute.plan_routes(slots, experts))],
                    kind="exact", read=tensor),
             *columns("permute", m, everyone),
-        ], lambda name, got: worst_row(got, m.rows), (share_of_copy("pyroute", 0.85),)),
+        ], lambda name, got: worst_row(got, m.rows), sizes.bars(share_of_copy("pyroute", 0.85))),
         Problem("unpermute", case, nbytes, 0, [
             Column("pyroute", [lambda: pyroute.unpermute(moved, plan, by_slot)], read=tensor),
             *columns("unpermute", m, everyone),
-        ], lambda name, got: worst_row(got, m.sums), (share_of_copy("pyroute", 0.85),)),
+        ], lambda name, got: worst_row(got, m.sums), sizes.bars(share_of_copy("pyroute", 0.85))),
         Problem("permute_quantize", case, x.nbytes + m.rows.numel() + m.rows.numel() // 32, 0, [
             Column("pyroute", [lambda: pyroute.permute_quantize(given, plan)], kind="exact"),
             Column("pyroute cast, then permute", [lambda: pyroute.permute(pyroute.quantize_fp8(given), plan)],
                    kind="exact"),
             Column("pyroute permute, then cast", [lambda: pyroute.quantize_fp8(pyroute.permute(given, plan))],
                    kind="exact"),
-        ], _same_codes(given, plan), (
+        ], _same_codes(given, plan), sizes.bars(
             faster("pyroute", "pyroute cast, then permute", 1.0), faster("pyroute", "pyroute permute, then cast", 3.0),
             share_of_copy("pyroute", 0.85),
         )),
@@ -163,20 +182,23 @@ def operands(clock: Clock, experts: int, rows: int, n: int, k: int) -> Products:
 
 
 def prefill(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
-    shapes = [(2, 128, 128, 256)] if sizes.quick else [
-        (experts, rows, n, k) for experts, rows in ((4, 8192), (8, 4096)) for n, k in ((4096, 7168), (7168, 2048))
-    ]  # fmt: skip
-    return [_gemm(clock, "prefill", *shape, everyone) for shape in shapes]
+    if sizes.quick:
+        work = [(2, 128, n, k) for n, k in sizes.products((128, 256))]
+    else:
+        segments = [(4, 8192), (8, 4096)]
+        work = [(*one, *nk) for one in segments for nk in sizes.products((4096, 7168), (7168, 2048))]
+    return [_gemm(clock, "prefill", *one, sizes, everyone) for one in work]
 
 
 def decode(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
-    shapes = [(4, 8, 128, 256)] if sizes.quick else [
-        (32, rows, n, k) for rows in (4, 32) for n, k in ((4096, 7168), (7168, 2048))
-    ]  # fmt: skip
-    return [_gemm(clock, "decode", *shape, everyone) for shape in shapes]
+    if sizes.quick:
+        work = [(4, 8, n, k) for n, k in sizes.products((128, 256))]
+    else:
+        work = [(32, rows, *nk) for rows in (4, 32) for nk in sizes.products((4096, 7168), (7168, 2048))]
+    return [_gemm(clock, "decode", *one, sizes, everyone) for one in work]
 
 
-def _gemm(clock: Clock, op: str, experts: int, rows: int, n: int, k: int, everyone: Peers) -> Problem:
+def _gemm(clock: Clock, op: str, experts: int, rows: int, n: int, k: int, sizes: Sizes, everyone: Peers) -> Problem:
     p = operands(clock, experts, rows, n, k)
     offsets, a16, w16 = on_device(p.offsets), on_device(p.a), on_device(p.w)
     made = [
@@ -188,24 +210,27 @@ def _gemm(clock: Clock, op: str, experts: int, rows: int, n: int, k: int, everyo
     ]  # fmt: skip
     flops, nbytes = 2 * experts * rows * n * k, experts * n * k + experts * rows * (k + 2 * n)
     held = tflops("pyroute FP8", 1000) if op == "prefill" else share_of_copy("pyroute FP8", 0.8)
-    bars, case = (held, faster("pyroute FP8", "DeepGEMM", 1.0)), f"{experts} x {rows} x N{n} K{k}"
+    bars = sizes.bars(held, faster("pyroute FP8", "DeepGEMM", 1.0))
+    case = f"{sizes.model} {experts} x {rows} x N{n} K{k}".lstrip()
     return Problem(op, case, nbytes, flops, made, lambda name, got: p.error(got), bars)
 
 
 def gradients(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
-    experts, rows, n, k = (2, 128, 128, 256) if sizes.quick else (4, 8192, 4096, 7168)
+    experts, rows = (2, 128) if sizes.quick else (4, 8192)
+    n, k = sizes.products((128, 256) if sizes.quick else (4096, 7168))[0]
     p = operands(clock, experts, rows, n, k)
-    offsets, case, flops = on_device(p.offsets), f"{experts} x {rows} x N{n} K{k}", 2 * experts * rows * n * k
+    offsets, flops = on_device(p.offsets), 2 * experts * rows * n * k
+    case = f"{sizes.model} {experts} x {rows} x N{n} K{k}".lstrip()
     g8, along_g, along_a = fp8(p.grad, (1, 128)), *(fp8(x, (128, 1), offsets) for x in (p.grad, p.a))
     of_a = lambda: pyroute.grouped_gemm_dgrad(g8, p.w8, offsets, out_dtype="bfloat16")  # noqa: E731
     ours = functools.partial(Column, "pyroute FP8", kind="fp8", read=tensor)
     of_w = lambda: pyroute.grouped_gemm_wgrad(along_g, along_a, offsets)  # noqa: E731
     return [
         Problem("dgrad", case, 0, flops, [ours([of_a]), *columns("dgrad", p, everyone)],
-                lambda name, got: p.error_of_rows(got), (tflops("pyroute FP8", 1000),)),
+                lambda name, got: p.error_of_rows(got), sizes.bars(tflops("pyroute FP8", 1000))),
         Problem("wgrad", case, 0, flops, [ours([of_w]), *columns("wgrad", p, everyone)],
                 lambda name, got: p.error_of_weights(got),
-                (tflops("pyroute FP8", 800), faster("pyroute FP8", "DeepGEMM", 1.0))),
+                sizes.bars(tflops("pyroute FP8", 800), faster("pyroute FP8", "DeepGEMM", 1.0))),
     ]  # fmt: skip
 
 
@@ -214,9 +239,9 @@ def gradients(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
 
 def layer_inputs(clock: Clock, sizes: Sizes) -> tuple[Layer, str, int]:
     """With their name, and the operations of a forward pass."""
-    tokens, hidden, inner, experts = sizes.tokens, sizes.hidden, sizes.intermediate, sizes.local_experts
-    top_k = 2 if sizes.quick else 8
-    ids = torch.rand(tokens, experts, device=clock.device).topk(top_k, dim=1).indices.to(torch.int32)
+    s = sizes.local
+    tokens, hidden, inner, experts, top_k = s.tokens, s.hidden, s.intermediate, s.num_experts, s.top_k
+    ids = ids_of(clock, s)
 
     def parameter(*shape: int) -> torch.Tensor:
         made = torch.empty(shape, device=clock.device, dtype=torch.bfloat16).normal_(0, shape[-1] ** -0.5)
@@ -225,7 +250,7 @@ def layer_inputs(clock: Clock, sizes: Sizes) -> tuple[Layer, str, int]:
     x = torch.randn(tokens, hidden, device=clock.device).to(torch.bfloat16).requires_grad_()
     weights = torch.rand(tokens, top_k, device=clock.device).softmax(dim=1).requires_grad_()
     p = Layer(x, ids, weights, parameter(experts, 2 * inner, hidden), parameter(experts, hidden, inner))
-    return p, f"T={tokens} E={experts} top-{top_k}", 6 * tokens * top_k * hidden * inner
+    return p, f"{s.name} top-{top_k}", 6 * tokens * top_k * hidden * inner
 
 
 def in_fp8(*given: torch.Tensor) -> torch.Tensor:
@@ -242,7 +267,7 @@ def layer(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
         _ours("pyroute bfloat16", p.forward(moe_forward)),
         *columns("layer", p, everyone),
     ]
-    bars = (faster("pyroute FP8", ("vLLM FP8", "torch grouped_mm bfloat16"), 1.0),)
+    bars = sizes.bars(faster("pyroute FP8", ("vLLM FP8", "torch grouped_mm bfloat16"), 1.0))
     return [Problem("layer", case, 0, flops, made, lambda name, got: p.error(got), bars)]
 
 
@@ -254,7 +279,7 @@ def training(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
         _ours("pyroute bfloat16", p.step(moe_forward)),
         *columns("training", p, everyone),
     ]
-    bars = (faster("pyroute FP8", "torch grouped_mm bfloat16", 1.6),)
+    bars = sizes.bars(faster("pyroute FP8", "torch grouped_mm bfloat16", 1.6))
     return [Problem("training", case, 0, 3 * flops, made, lambda name, got: p.error_of_step(got), bars)]
 
 

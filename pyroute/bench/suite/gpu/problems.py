@@ -53,12 +53,12 @@ def worst_row(got: torch.Tensor, exact: torch.Tensor) -> float:
 @dataclasses.dataclass
 class Gate:
     logits: Sequence[torch.Tensor]  # float32 [T, E] each
-    bias: torch.Tensor
+    bias: torch.Tensor | None  # only where experts are chosen by sigmoid scores plus a bias
     config: RouterConfig
 
     @functools.cached_property
     def exact(self) -> pyroute.Gating:
-        logits, bias = (x.cpu().numpy() for x in (self.logits[0], self.bias))
+        logits, bias = (None if x is None else x.cpu().numpy() for x in (self.logits[0], self.bias))
         return pyroute.topk_gating(logits, self.config, bias=bias, backend="numpy")
 
     def error(self, weights: torch.Tensor, ids: torch.Tensor) -> float:

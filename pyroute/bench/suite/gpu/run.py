@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,36 +15,55 @@ import torch
 import pyroute
 
 from ...terminal import UsageError, duration, write_json
-from .. import bars, options, records, report
+from .. import bars, changes, options, records, report
 from ..harness import Cell
 from . import peers
 from .cases import ROWS, Problem, Sizes
 from .clock import Clock, Column, DeviceLostError, ceilings, measure
 
-NOT_HERE = ("model", "cold", "plot", "compare", "cost", "scaling", "parts", "columns", "threads")
+EQUAL = ("decode", "prefill", "backward")  # products in which every expert has as many rows
 
 
 def bench(args: argparse.Namespace) -> int:
-    """The command: measure, show, write; 1 where pyroute itself failed or gave a wrong answer, 130 if interrupted."""
-    if given := [f"--{name}" for name in NOT_HERE if getattr(args, name)]:
-        raise UsageError(f"bench --gpu does not take {', '.join(given)}")
+    """The command: measure, show, write; 130 if interrupted, 1 where pyroute failed, was wrong, or became slower."""
+    options.check(args, rounds=30, quick_rounds=3)
+    args.rows = rows_of(args)
     if not torch.cuda.is_available():
         raise UsageError("PyTorch finds no GPU here")
-    options.check(args, rounds=30, quick_rounds=3)
-    args.rows = options.some_of("OP", args.rows, list(ROWS))
+    old = changes.read(args.compare) if args.compare else []
     device = torch.device("cuda", torch.cuda.current_device())
     about, clock = facts(device), Clock(device)
     outcomes, ended = run(args, clock, stream=sys.stderr if args.json == "-" else sys.stdout)
-    lines = [line for outcome in outcomes for line in outcome.lines()]
+    slower = deliver(args, old, about, [line for outcome in outcomes for line in outcome.lines()])
+    if ended == "interrupted":
+        return 130
+    return 1 if ended or slower or failures(outcomes) else 0
+
+
+def rows_of(args: argparse.Namespace) -> list[str]:
+    """The rows to measure, which can be had with this load."""
+    loaded = [row for row in ROWS if row not in EQUAL]
+    rows = options.some_of("OP", args.rows, list(ROWS)) if args.rows or args.load == "random" else loaded
+    if options.load(args.load) != "random" and (equal := [row for row in rows if row in EQUAL]):
+        raise UsageError(f"bench --gpu takes --load for {', '.join(loaded)}, not for {', '.join(equal)}")
+    return rows
+
+
+def deliver(
+    args: argparse.Namespace, old: list[dict[str, Any]], about: dict[str, Any], lines: list[dict[str, Any]]
+) -> bool:
+    """Write what was asked for; whether a column is slower than in ``old``."""
+    changed = changes.find(old, lines)
     if args.json:
-        write_json({**about, "lines": lines}, args.json)
+        found: dict[str, Any] = {"changes": [change.as_dict() for change in changed]} if args.compare else {}
+        write_json({**about, "lines": lines, **found}, args.json)
+    if args.compare and args.json != "-":
+        changes.show(changed, changes.machine_changed(old, lines), args.compare)
     if args.record and lines:
         name = re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-")
         path = records.append(lines, about, records.ROOT / f"benches/results/{name}.jsonl")
         print(f"{len(lines)} lines added to {os.path.relpath(path)}", file=sys.stderr)
-    if ended == "interrupted":
-        return 130
-    return 1 if ended or failures(outcomes) else 0
+    return any(change.verdict == "slower" for change in changed)
 
 
 def facts(device: torch.device) -> dict[str, Any]:
@@ -132,22 +152,30 @@ def show(outcome: Outcome, stream: Any) -> None:
         print(f"  bar {bar.text}: {bar.target:g} {bar.unit}, measured {got}: {verdict}", file=stream)
 
 
-def run(args: argparse.Namespace, clock: Clock, stream: Any) -> tuple[list[Outcome], str]:
-    """Row after row, the memory of one free before the next; and why it ended early, "" if it did not."""
+def run(
+    args: argparse.Namespace, clock: Clock, stream: Any, keep: Callable[[Outcome], None] = lambda outcome: None
+) -> tuple[list[Outcome], str]:
+    """Row after row, the memory of one free before the next; and why it ended early, "" if it did not.
+
+    ``keep`` is called with every outcome at once.
+    """
     torch.manual_seed(20251122)
     rates = ceilings(clock, args.quick)
     print("limits: " + ", ".join(f"{name} {value:.0f}" for name, value in rates.items()), file=stream)
     everyone = list(peers.load(peers.MODULES if args.peers else peers.ALWAYS))
     print("\n".join(report.missing(everyone)), file=stream)
+    sizes = Sizes(args.quick, args.model or "", args.load)
     outcomes: list[Outcome] = []
     ended = ""
     for row in args.rows:
         try:
-            for problem in problems(row, clock, args.quick, everyone):
-                if args.case in f"{problem.op} {problem.case}":
-                    cells = measure(problem.columns, clock, args.rounds, problem.check)
+            for problem in problems(row, clock, sizes, everyone):
+                columns = [column for column in problem.columns if _wanted(column.name, args.columns)]
+                if columns and args.case in f"{problem.op} {problem.case}":
+                    cells = measure(columns, clock, args.rounds, problem.check)
                     outcomes.append(Outcome(problem, cells, rates))
                     show(outcomes[-1], stream)
+                    keep(outcomes[-1])
                 problem.columns.clear()
         except KeyboardInterrupt:
             ended = "interrupted"
@@ -162,9 +190,13 @@ def run(args: argparse.Namespace, clock: Clock, stream: Any) -> tuple[list[Outco
     return outcomes, ended
 
 
-def problems(row: str, clock: Clock, quick: bool, everyone: list[Any]) -> list[Problem]:
+def _wanted(name: str, columns: str) -> bool:
+    return not columns or any(part in name for part in columns.split(","))
+
+
+def problems(row: str, clock: Clock, sizes: Sizes, everyone: list[Any]) -> list[Problem]:
     try:
-        return list(ROWS[row](clock, Sizes(quick), everyone))
+        return list(ROWS[row](clock, sizes, everyone))
     except Exception as error:  # what the inputs need failed: the other rows go on
         return [_failed(row, error)]
 

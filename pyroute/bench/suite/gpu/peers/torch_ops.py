@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...peers.torch_eager import combine, grouped_sigmoid
+from ...peers.torch_eager import combine, grouped_sigmoid, softmax_topk
 from . import Calls, column
 
 NAME = "torch"
@@ -21,10 +21,16 @@ def grouped_mm(a, b, ends):
 
 @column("gate", "torch eager")
 def gate(p):
+    c = p.config
+    plain = c.score == "softmax" and c.renormalize == "sum" and c.num_groups == 1 and c.scaling_factor == 1
+    if not plain and (p.bias is None or (c.num_groups > 1 and c.group_score != "top2_sum")):
+        return None
+
     def of(z):
+        if plain:
+            return lambda: softmax_topk(z, c.top_k)
         return lambda: grouped_sigmoid(z, p.bias, c.num_groups, c.topk_groups, c.top_k, c.scaling_factor)
 
-    c = p.config
     return Calls([of(z) for z in p.logits])
 
 
