@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._rank_failure import FailureReport
+from ._tensors import empty_beside
 
 _HEADER = 6  # int64: rows, slots, top_k, type of x, flags, refused
 _ROW_TYPES = (torch.float32, torch.bfloat16)
@@ -37,7 +38,7 @@ class Ranks:
         send = send.contiguous()
         if self.group is None:
             return Arriving(self, what, send, send, None)
-        received = send.new_empty((sum(arriving), *send.shape[1:]))
+        received = empty_beside(send, (sum(arriving), *send.shape[1:]))
         try:
             work = dist.all_to_all_single(
                 _bytes(received), _bytes(send), arriving, sent, group=self.group, async_op=True

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _backend, _check
 from .._device.arrays import DeviceArray
 
 Array = Any
@@ -132,6 +132,11 @@ def tensor(result: Array) -> Tensor:
     if carrier is None:
         return torch.from_numpy(result)
     return torch.from_numpy(result.view(carrier)).view(_TORCH_DTYPES[result.dtype])
+
+
+def empty_beside(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A tensor of this shape that is not filled; on the CPU over recycled memory, whose pages are there already."""
+    return tensor(_backend.empty(shape, NUMPY_DTYPES[like.dtype])) if on_host(like) else like.new_empty(shape)
 
 
 def _device_tensor(result: DeviceArray) -> Tensor:
