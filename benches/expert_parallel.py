@@ -23,7 +23,14 @@ from pyroute.pytorch import ExpertParallel, GroupedExperts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in (("ranks", 2), ("tokens", 1024), ("hidden", 2048), ("inner", 64), ("experts", 32), ("top-k", 4)):
+    for name, default in (
+        ("ranks", 2),
+        ("tokens", 1024),
+        ("hidden", 2048),
+        ("inner", 64),
+        ("experts", 32),
+        ("top-k", 4),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--payload", choices=("fp8", "fp8_ue8m0"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))

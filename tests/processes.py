@@ -52,9 +52,9 @@ def run_ranks(world: int, function: Callable[..., Any], *args: Any, store: Path 
 
 
 def values(outcomes: list[Outcome]) -> list[Any]:
-    """What every rank returned; the first error otherwise."""
-    for rank, outcome in enumerate(outcomes):
-        assert (outcome.error, outcome.exitcode) == ("", 0), f"rank {rank}: {outcome.error}"
+    """What every rank returned."""
+    errors = [f"rank {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error]
+    assert not errors, "\n".join(errors)
     return [outcome.value for outcome in outcomes]
 
 

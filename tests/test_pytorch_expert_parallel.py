@@ -56,3 +56,33 @@ def test_replicated_experts_take_turns_and_sum_their_gradients(world, tmp_path):
     ]
     done = values(run_ranks(world, ranks.check_all_replicas, cases, store=tmp_path / "store"))
     assert done == [None] * world
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_fp8_payload(world, tmp_path):
+    cases = [
+        (
+            Case(
+                [9, 0, 14][:world], 7, k, bias=k == 2, dtype=dtype, weight_on=on, precision=precision, payload=payload
+            ),
+            i,
+        )
+        for i, (k, dtype, on) in enumerate(
+            [(2, "float32", "output"), (3, "bfloat16", "pre_down"), (1, "float32", "input")]
+        )
+        for payload in ("fp8", "fp8_ue8m0")
+        for precision in (None, payload)
+        if precision
+        or on != "input"  # what is multiplied by the weight before it is quantised has no x to compare with
+    ]
+    assert values(run_ranks(world, ranks.check_payloads, cases, store=tmp_path / "store")) == [None] * world
+
+
+@pytest.mark.parametrize(("hidden", "top_k"), [(7168, 8), (2048, 4)])
+def test_fp8_payload_sends_a_quarter_of_the_bytes(hidden, top_k, tmp_path):
+    sent = {
+        payload: values(run_ranks(2, ranks.bytes_of_dispatch, payload, hidden, top_k, store=tmp_path / str(payload)))
+        for payload in (None, "fp8", "fp8_ue8m0")
+    }
+    for rank in range(2):
+        assert sent["fp8_ue8m0"][rank] < sent["fp8"][rank] <= 0.27 * sent[None][rank]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._rank_failure import FailureReport
-from ._tensors import empty_beside
+from ._tensors import empty_beside, reinterpret
 
 _HEADER = 6  # int64: rows, slots, top_k, type of x, flags, refused
 _ROW_TYPES = (torch.float32, torch.bfloat16)
@@ -41,19 +41,15 @@ class Ranks:
         received = empty_beside(send, (sum(arriving), *send.shape[1:]))
         try:
             work = dist.all_to_all_single(
-                _bytes(received), _bytes(send), arriving, sent, group=self.group, async_op=True
-            )
+                *(reinterpret(rows, torch.uint8) for rows in (received, send)),  # what every backend can send
+                arriving, sent, group=self.group, async_op=True,
+            )  # fmt: skip
         except RuntimeError as error:
             raise self.lost(what, error) from error
         return Arriving(self, what, received, send, work)
 
     def lost(self, what: str, error: RuntimeError) -> RuntimeError:
         return error if self._failure is None else self._failure.explain(what, error)
-
-
-def _bytes(rows: Tensor) -> Tensor:
-    """What every backend can send; an empty array may have strides that no view can have."""
-    return rows.view(torch.uint8) if rows.numel() else rows.new_empty(rows.shape, dtype=torch.uint8)
 
 
 @dataclasses.dataclass(eq=False)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..quantization import ScaleFormat
+from ._tensors import reinterpret
 from .permutation import RoutePlan, permute, permute_quantize
 from .quantization import Fp8Tensor, quantize_fp8
 
@@ -26,8 +27,8 @@ def pack(x: Tensor, plan: RoutePlan | None, payload: Payload | None) -> Tensor:
     )
     # a power of two is its exponent's byte
     exponents = payload == "fp8_ue8m0"
-    as_bytes = (scales.view(torch.int32) >> 23).to(torch.uint8) if exponents else scales.view(torch.uint8)
-    return torch.cat([codes.view(torch.uint8), as_bytes], dim=1)
+    as_bytes = (scales.view(torch.int32) >> 23).to(torch.uint8) if exponents else reinterpret(scales, torch.uint8)
+    return torch.cat([reinterpret(codes, torch.uint8), as_bytes], dim=1)
 
 
 def unpack(received: Tensor, hidden: int, payload: Payload) -> Fp8Tensor:
@@ -36,4 +37,4 @@ def unpack(received: Tensor, hidden: int, payload: Payload) -> Fp8Tensor:
     as_bytes = received[:, hidden:].contiguous()
     if payload == "fp8_ue8m0":
         return Fp8Tensor(codes, (as_bytes.to(torch.int32) << 23).view(torch.float32))
-    return Fp8Tensor(codes, as_bytes.view(torch.float32))
+    return Fp8Tensor(codes, reinterpret(as_bytes, torch.float32))

@@ -134,6 +134,13 @@ def tensor(result: Array) -> Tensor:
     return torch.from_numpy(result.view(carrier)).view(_TORCH_DTYPES[result.dtype])
 
 
+def reinterpret(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """``matrix.view(dtype)``, also for one without elements, whose strides may be none that such a view can have."""
+    if matrix.numel():
+        return matrix.view(dtype)
+    return matrix.new_empty((len(matrix), matrix.shape[1] * matrix.itemsize // dtype.itemsize), dtype=dtype)
+
+
 def empty_beside(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """A tensor of this shape that is not filled; on the CPU over recycled memory, whose pages are there already."""
     return tensor(_backend.empty(shape, NUMPY_DTYPES[like.dtype])) if on_host(like) else like.new_empty(shape)
