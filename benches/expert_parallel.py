@@ -75,13 +75,15 @@ def run(options: Any, rank: int, store: str) -> None:
             dist.barrier()
             begin = time.perf_counter()
             part()
+            dist.barrier()  # the slowest rank's time
             times[name].append(time.perf_counter() - begin)
     took = {name: statistics.median(found) for name, found in times.items()}
     overhead = [(s - e) / t - 1 for s, t, e in zip(times["step"], times["transfers"], times["experts"], strict=True)]
     text = ", ".join(f"{name} {1e3 * seconds:.2f} ms" for name, seconds in took.items())
     sent = sum(send.nbytes for _, send, _ in transfers)
-    dist.barrier()
-    print(f"rank {rank}: {text}, sent {sent / 2**20:.1f} MiB, overhead {statistics.median(overhead):+.1%}", flush=True)
+    if rank == 0:
+        spread = ", ".join(f"{q:+.1%}" for q in statistics.quantiles(overhead, n=4))
+        print(f"{text}, sent {sent / 2**20:.1f} MiB by rank 0, overhead (quartiles) {spread}", flush=True)
     dist.destroy_process_group()
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["numpy", "torch", "torch.distributed", "pyroute.pytorch", "expert_parallel_ranks"])
 
-TIMEOUT = 20.0  # of the group's collectives
+TIMEOUT = 60.0  # of the group's collectives
 
 
 class Outcome(NamedTuple):
@@ -30,7 +30,7 @@ class Outcome(NamedTuple):
 
 
 def run_ranks(world: int, function: Callable[..., Any], *args: Any, store: Path | None = None,
-              timeout: float = TIMEOUT, patience: float = 60.0) -> list[Outcome]:  # fmt: skip
+              timeout: float = TIMEOUT, patience: float = 90.0) -> list[Outcome]:  # fmt: skip
     """``function(*args)`` on every rank of a group, whose store is the file ``store``, or in rank 0."""
     init = f"file://{store}" if store else f"tcp://127.0.0.1:{_free_port()}"
     pipes = [_SERVER.Pipe(duplex=False) for _ in range(world)]

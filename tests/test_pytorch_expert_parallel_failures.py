@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from processes import TIMEOUT, run_ranks, values
+from processes import run_ranks, values
 
 from pyroute.placement import Placement, place_experts
 
@@ -25,12 +25,13 @@ HEADER, ROUTES, TOKENS, COMBINE, GRADIENTS, COMBINE_GRADIENTS = range(1, 7)
 def test_a_rank_that_dies_is_named(world, victim, call, store_lives, tmp_path):
     """Rank 0 keeps the group's store, unless that is a file."""
     store = tmp_path / "store" if store_lives else None
-    outcomes = run_ranks(world, ranks.die_in_step, victim, call, [7] * world, store=store)
+    timeout = 20.0
+    outcomes = run_ranks(world, ranks.die_in_step, victim, call, [7] * world, store=store, timeout=timeout)
     assert outcomes[victim].exitcode == 3
     for rank, outcome in enumerate(outcomes):
         if rank != victim:
             assert outcome.error.startswith(f"RuntimeError: ExpertParallel: rank {victim} is lost"), rank
-            assert outcome.seconds < TIMEOUT
+            assert outcome.seconds < timeout
 
 
 def test_a_rank_that_stands_still_is_named():
