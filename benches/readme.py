@@ -122,7 +122,10 @@ def documents() -> dict[Path, str]:
         for growth in [[line for line in summary.latest(lines) if "fit" in line and line["threads"] == THREADS]]
         for op in dict.fromkeys(line["op"] for line in growth)
     }
-    results = "\n".join([summary.title(lines), *summary.tables(lines), *summary.scaling(lines)]) + "\n"
+    results = (
+        "\n".join([summary.title(lines), *summary.tables(lines), *summary.of_models(lines), *summary.scaling(lines)])
+        + "\n"
+    )
     return {readme: before + measured + after, ROOT / "benches/results/README.md": results, **pictures}
 
 

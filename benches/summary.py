@@ -88,6 +88,37 @@ def beside(line: Line, bar: Line, lines: list[Line]) -> str:
     return f"{nearest['column']} {duration(nearest['median_s'])}"
 
 
+def of_models(lines: list[Line]) -> Iterator[str]:
+    """A row per operation of every model and load: pyroute's columns, and the fastest of the others of that run."""
+    held = [line for line in latest(lines) if line.get("model") and "median_s" in line]
+    for group in dict.fromkeys((line["isa"], line["threads"], line["cache"]) for line in held):
+        isa, threads, cache = group
+        mine = [line for line in held if (line["isa"], line["threads"], line["cache"]) == group]
+        yield f"## Models, {isa}, {threads} thread{'s' * (threads > 1)}{', cold caches' * (cache == 'cold')}\n"
+        yield "| work | load | pyroute | of the limit | fastest peer |\n|---|---|---|---:|---|"
+        for key in dict.fromkeys((line["model"], line["load"], line["op"], line["case"]) for line in mine):
+            model, load, op, case = key
+            run = [line for line in mine if (line["model"], line["load"], line["op"], line["case"]) == key]
+            ours = [line for line in run if line["column"].startswith("pyroute") and not other_isa(line["column"])]
+            if not ours:
+                continue
+            times = ", ".join(f"{name(line)} {duration(line['median_s'])}" for line in ours)
+            share = max(line["share_of_limit"] or 0.0 for line in ours)
+            others = [line for line in run if line["column"].split()[0] not in ("pyroute", "machine", "numpy")]
+            best = min(others, key=lambda line: line["median_s"], default=None)
+            beside = f"{best['column']} {duration(best['median_s'])}" if best else ""
+            yield f"| {op} {case if model in case else f'{model} {case}'} | {load} | {times} | {share:.0%} | {beside} |"
+        yield ""
+
+
+def other_isa(column: str) -> bool:
+    return column.endswith((" avx2", " scalar", " avx512"))
+
+
+def name(line: Line) -> str:
+    return str(line["column"]).removeprefix("pyroute").strip() or "into given memory"
+
+
 def scaling(lines: list[Line]) -> Iterator[str]:
     """A row per operation: growth by axis, threads, the worst load and the worst odd size."""
     points = [line for line in latest(lines) if "points" in line]
@@ -115,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     if not lines:
         print(f"summary.py: {args.file} holds no line of {args.since or 'any day'}", file=sys.stderr)
         return 2
-    print("\n".join([title(lines), *tables(lines), *scaling(lines)]))
+    print("\n".join([title(lines), *tables(lines), *of_models(lines), *scaling(lines)]))
     return 0
 
 

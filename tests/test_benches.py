@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -160,6 +161,96 @@ def test_an_interrupted_run_keeps_what_was_measured(fake, capsys):
     assert code == 130
     assert by_column(lines)["pyroute"]["median_s"] > 0
     assert "interrupted" in capsys.readouterr().out
+
+
+def test_a_terminated_run_keeps_what_was_measured(fake):
+    code, lines = fake("__import__('os').kill(os.getpid(), 15) or RuntimeError()")
+    assert code == 130
+    assert by_column(lines)["pyroute"]["median_s"] > 0
+
+
+def test_the_json_is_there_after_every_case(benches, tmp_path, monkeypatch):
+    from pyroute.bench.suite import run as suite
+
+    path, real, seen = tmp_path / "out.json", suite.run_case, []
+
+    def run_case(*given):
+        seen.append(len(json.loads(path.read_text())["lines"]) if path.exists() else 0)
+        return real(*given)
+
+    monkeypatch.setattr(suite, "run_case", run_case)
+    assert main(["bench", "gate", "--quick", "--rounds", "1", "--json", str(path)]) == 0
+    assert seen[0] == 0 < seen[1] < seen[-1]
+    (line, *_) = json.loads(path.read_text())["lines"]
+    assert len(line["samples_s"]) == line["rounds"] == 1
+
+
+def test_another_process_gets_only_what_can_be_sent(benches, monkeypatch):
+    from pyroute.bench.suite import alone
+
+    sent = []
+
+    class Here:
+        def __init__(self, *given, **more):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def submit(self, function, *given):
+            sent.extend(given)
+            raise RuntimeError("seen")
+
+    monkeypatch.setattr(alone, "ProcessPoolExecutor", Here)
+    known = {"model": None, "load": "random", "memory": 1, "quick": True, "threads": 1, "rounds": 1, "cold": False}
+    args = argparse.Namespace(**known, run=main, json=None)
+    peer = benches.load_one("ours")
+    (cell,) = alone.measure(0, peer, peer.columns[:1], args)
+    assert cell.note == "RuntimeError: seen"
+    assert vars(sent[-1]) == known
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(38, True), (200, True), (38, False)])
+def test_a_narrow_terminal_gets_paragraphs(benches, monkeypatch, width, terminal):
+    import io
+
+    from rich.console import Console
+
+    from pyroute.bench.suite import report
+
+    out = io.StringIO()
+    console = Console(width=width, force_terminal=terminal, file=out, color_system=None)
+    monkeypatch.setattr(report, "report_console", lambda: console)
+    header = ("column", "median", "p10 - p90", "rate", "of limit", "/ pyroute", "error")
+    texts = "pyroute FP8 both", "12.6 ms", "10.6 ms - 15.4 ms", "234.5 GFLOP/s", "97%", "1.08", "3e-02"
+    report.print_table("gemm decode T=8", header, [[*map(report.Cell, texts)]], ["a note"])
+    printed = out.getvalue()
+    assert all(text in printed for text in texts)
+    narrow = terminal and width == 38
+    assert ("median 12.6 ms" in printed) == narrow
+    assert not narrow or all(len(line) <= width for line in printed.splitlines())
+
+
+def test_models_stand_in_the_summary(benches, tmp_path, capsys):
+    import summary
+
+    same = {"model": "mixtral", "load": "zipf", "share_of_limit": 0.5}
+    lines = [
+        recorded("pyroute", 2e-3, **same),
+        recorded("pyroute avx2", 2.5e-3, **same),
+        recorded("slow", 9e-3, **same),
+        recorded("fast", 4e-3, **same),
+    ]
+    path = tmp_path / "lines.jsonl"
+    facts = {"date": "2026-01-02T05:06", "cpu": "EPYC", "cores": 2, "compiler": "GCC", "commit": "abc"}
+    path.write_text("".join(json.dumps({**facts, **line}) + "\n" for line in lines))
+    assert summary.main([str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "## Models, avx2, 2 threads" in printed
+    assert "| gate mixtral a | zipf | into given memory 2 ms | 50% | fast 4 ms |" in printed
 
 
 def test_records_are_appended(fake, tmp_path, monkeypatch):

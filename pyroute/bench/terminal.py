@@ -27,8 +27,8 @@ class UsageError(Exception):
 class Steps(Protocol):
     """Where a long command says what it is doing."""
 
-    def __call__(self, what: str) -> None:
-        """The step that begins now."""
+    def __call__(self, what: str, *, begins: bool = True) -> None:
+        """The step that begins now, or what goes on inside it."""
 
 
 def has_rich() -> bool:
@@ -59,7 +59,7 @@ def report_console() -> Console:
 def progress(total: int) -> Iterator[Steps]:
     """A progress bar on standard error for ``total`` steps; silent where that is no terminal or rich is missing."""
     if not (has_rich() and sys.stderr.isatty()):
-        yield lambda what: None
+        yield lambda what, *, begins=True: None
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -71,10 +71,10 @@ def progress(total: int) -> Iterator[Steps]:
         task = bar.add_task("", total=total)
         begun = 0
 
-        def step(what: str) -> None:
+        def step(what: str, *, begins: bool = True) -> None:
             nonlocal begun
-            bar.update(task, description=what[:room], completed=begun)
-            begun += 1
+            begun += begins
+            bar.update(task, description=what[:room], completed=begun - 1)
 
         yield step
 

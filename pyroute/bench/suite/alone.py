@@ -21,9 +21,12 @@ def measure(
 ) -> list[harness.Cell]:
     """Cells of these columns of one peer for the case of that number."""
     names = [column.name for column in columns]
+    # what _measure needs: the command's own function is among the rest, and __main__ is another module there
+    kept = ("model", "load", "memory", "quick", "threads", "rounds", "cold")
+    asked = argparse.Namespace(**{name: getattr(args, name) for name in kept})
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as executor:
         try:
-            return executor.submit(_measure, number, columns[0].module, names, args).result()
+            return executor.submit(_measure, number, columns[0].module, names, asked).result()
         except Exception as error:  # it may also take its process with it
             failed: dict[str, Any] = {"status": "failed", "note": peers.reason(error), "alone": True}
             return [harness.Cell(peer.name, peer.version, column.name, column.kind, **failed) for column in columns]

@@ -65,6 +65,8 @@ def lines(outcome: Any, args: Any) -> Iterator[dict[str, Any]]:
             "threads": args.threads,
             "cache": "cold" if args.cold else "warm",
         }
+        if args.model:
+            line |= {"model": args.model, "load": args.load}
         if cell.note:
             line["note"] = cell.note
         if cell.alone:
@@ -75,6 +77,7 @@ def lines(outcome: Any, args: Any) -> Iterator[dict[str, Any]]:
                 "p10_s": cell.percentile(10),
                 "p90_s": cell.percentile(90),
                 "rounds": len(cell.samples),
+                "samples_s": [float(f"{seconds:.4g}") for seconds in cell.samples],
                 "calls": cell.calls,
                 "bytes": p.nbytes,
                 "flops": p.flops,
@@ -171,28 +174,55 @@ def bar_row(outcome: Any, bar: Any, value: float | None) -> list[Cell]:
     return [*map(Cell, texts), verdict]
 
 
+Line = list[tuple[str, str]]  # pieces of text with their styles
+
+
 def print_table(
     title: str, header: tuple[str, ...], rows: list[list[Cell]], notes: list[str], align: str = "<>>>>>>"
 ) -> None:
-    """A table with a line a row however wide the terminal: a wrapped table cannot be read, a long line can be cut."""
-    texts = [[str(cell) for cell in row] for row in ([Cell(h) for h in header], *rows)]
-    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
-    styles = [["note"] * len(header), *[[cell.style for cell in row] for row in rows]]
-    printed = [[(f"{title}", "head")]]
-    for row, style in zip(texts, styles, strict=True):
-        parts = [
-            (f"{cell:{side}{width}}  ", name)
-            for cell, side, width, name in zip(row, align, widths, style, strict=False)
-        ]
-        printed.append([("  ", ""), *parts])
-    printed += [[(f"  {note}", "note")] for note in notes] + [[("", "")]]
-    if not has_rich():
-        print("\n".join("".join(text for text, _ in line).rstrip() for line in printed))
+    """A table with a line a row in files and pipes, where a long line can be cut and a wrapped one cannot be read; in a
+    terminal that is narrower than the table each row becomes a paragraph."""
+    lines = _lines(header, rows, align)
+    console = report_console() if has_rich() else None
+    tail: list[Line] = [[(f"  {note}", "note")] for note in notes] + [[("", "")]]
+    if console is None:
+        print("\n".join("".join(text for text, _ in line).rstrip() for line in [[(title, "head")], *lines, *tail]))
         return
     from rich.text import Text
 
-    console = report_console()
-    for line in printed:
+    narrow = console.is_terminal and max(sum(len(text) for text, _ in line) for line in lines) - 2 > console.width
+    if narrow:
+        lines = [line for row in rows for line in _paragraph(header, row, console.width)]
+    for line in [[(title, "head")], *lines, *tail]:
         text = Text.assemble(*line)
         text.rstrip()
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=not narrow)
+
+
+def _lines(header: tuple[str, ...], rows: list[list[Cell]], align: str) -> list[Line]:
+    texts = [[str(cell) for cell in row] for row in ([Cell(h) for h in header], *rows)]
+    widths = [max(len(row[i]) for row in texts) for i in range(len(header))]
+    styles = [["note"] * len(header), *[[cell.style for cell in row] for row in rows]]
+    return [
+        [("  ", "")]
+        + [
+            (f"{cell:{side}{width}}  ", name)
+            for cell, side, width, name in zip(row, align, widths, style, strict=False)
+        ]
+        for row, style in zip(texts, styles, strict=True)
+    ]
+
+
+def _paragraph(header: tuple[str, ...], row: list[Cell], width: int) -> list[Line]:
+    """The first cell on its own line, the others below with their names."""
+    lines: list[Line] = [[(str(row[0]), row[0].style or "head")]]
+    current: Line = []
+    for name, cell in zip(header[1:], row[1:], strict=True):
+        if not cell:
+            continue
+        piece: Line = [(f"{name} " if name else "", "note"), (str(cell), cell.style)]
+        if current and 2 + sum(len(text) for text, _ in (*current, *piece)) + 2 > width:
+            lines.append([("  ", ""), *current])
+            current = []
+        current += [("  ", ""), *piece] if current else piece
+    return [*lines, [("  ", ""), *current]]

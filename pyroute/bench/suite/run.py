@@ -9,17 +9,21 @@ import argparse
 import contextlib
 import gc
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .. import cost
 from ..limits import measure_limits
 from ..machine import available_memory
-from ..terminal import UsageError, progress, report_console, write_json
+from ..terminal import Steps, UsageError, progress, report_console, write_json
 from . import alone, bars, changes, harness, models, options, page, peers, records, report, scaling, shapes
 from .peers.ours import set_threads
+
+QUICK_PAUSE = 0.01  # of harness.PAUSE_SECONDS: whether it runs, not how fast
 
 
 class Outcome:
@@ -34,24 +38,32 @@ class Outcome:
         self.bars = [(bar, bar.value(self.measured, problem)) for bar in case.bars]
 
 
-def run_case(number: int, case: bars.Case, everyone: list[peers.Peer], args: argparse.Namespace) -> Outcome | None:
+def run_case(
+    number: int, case: bars.Case, everyone: list[peers.Peer], args: argparse.Namespace, step: Steps
+) -> Outcome | None:
     problem = case.make(shapes.small if args.quick else lambda s: s)
     if args.case not in f"{problem.op} {problem.case}":
         return None
     chosen = [(peer, column) for peer in everyone for column in wanted_columns(peer, problem.op, args.columns)]
-    prepared = [harness.prepare(problem, peer, column, args.threads) for peer, column in chosen if not column.alone]
-    cells = [cell for cell in prepared if cell]
+    cells: list[harness.Cell] = []
     limits: list[dict[str, Any]] = []
     try:
-        limits.append(machine_limits(args.threads))
-        harness.sample(cells, args.threads, args.rounds, cold=args.cold)
-        limits.append(machine_limits(args.threads))
+        for peer, column in chosen:
+            if not column.alone:
+                step(f"{problem.op} {problem.case}: {column.name}", begins=False)
+                cell = harness.prepare(problem, peer, column, args.threads)
+                cells += [cell] if cell else []
+        step(f"{problem.op} {problem.case}: timing", begins=False)
+        limits.append(machine_limits(args))
+        harness.sample(cells, args.threads, args.rounds, cold=args.cold, pause=QUICK_PAUSE if args.quick else None)
+        limits.append(machine_limits(args))
         for peer in everyone:
             if columns := [column for other, column in chosen if other is peer and column.alone]:
+                step(f"{problem.op} {problem.case}: {peer.name} alone", begins=False)
                 cells += alone.measure(number, peer, columns, args)
-                limits.append(machine_limits(args.threads))
+                limits.append(machine_limits(args))
     except KeyboardInterrupt:  # what was measured stays
-        if not limits:
+        if not any(cell.samples for cell in cells):
             raise
         args.interrupted = True
     for cell in cells:  # inputs and results of this case are no longer needed
@@ -72,9 +84,15 @@ def wanted_columns(peer: peers.Peer, op: str, names: str) -> list[peers.Column]:
     ]
 
 
-def machine_limits(threads: int) -> dict[str, Any]:
-    set_threads(threads)
-    return measure_limits(quick=True).as_dict()
+def machine_limits(args: argparse.Namespace) -> dict[str, Any]:
+    """Measured now; in quick mode once for all, since it takes longer than a case."""
+    set_threads(args.threads)
+    if not args.quick:
+        return measure_limits(quick=True).as_dict()
+    if args.limits is None:
+        args.limits = measure_limits(quick=True).as_dict()
+    known: dict[str, Any] = args.limits
+    return known
 
 
 @contextlib.contextmanager
@@ -95,22 +113,41 @@ def quiet_stdout() -> Iterator[None]:
         os.close(kept)
 
 
-def run(args: argparse.Namespace, everyone: list[peers.Peer]) -> list[Outcome]:
+def run(args: argparse.Namespace, everyone: list[peers.Peer], keep: Callable[[list[Outcome]], None]) -> list[Outcome]:
+    """``keep`` is given what there is after every case, for who may not live to see the end."""
     outcomes: list[Outcome] = []
-    args.interrupted = False
+    args.interrupted, args.limits = False, None
     cases = [(number, case) for number, case in enumerate(models.chosen(args)) if case.row in args.rows]
     with progress(len(cases)) as step:
         for number, case in cases:
-            step(case.row)
+            step(case.name or case.row)
             try:
-                outcome = run_case(number, case, everyone, args)
+                outcome = run_case(number, case, everyone, args, step)
                 outcomes += [outcome] if outcome else []
             except KeyboardInterrupt:
                 args.interrupted = True
+            keep(outcomes)
             gc.collect()
             if args.interrupted:
                 break
     return outcomes
+
+
+def lines_of(outcomes: list[Outcome], args: argparse.Namespace) -> list[dict[str, Any]]:
+    return [line for outcome in outcomes for line in report.lines(outcome, args)]
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """``timeout`` and batch systems send SIGTERM: it ends the run as Ctrl-C does, and what was measured is kept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def product_rates(lines: list[dict[str, Any]]) -> dict[str, float]:
@@ -129,7 +166,7 @@ def bench(args: argparse.Namespace) -> int:
         options.check(args, rounds=7, quick_rounds=1)
         args.parts = options.some_of("--parts", args.parts, options.PARTS)
     else:
-        options.check(args, rounds=9, quick_rounds=3)
+        options.check(args, rounds=7, quick_rounds=3)
     args.rows = options.some_of("OP", args.rows, options.SCALED if args.scaling else options.ROWS)
     options.load(args.load)
     args.memory = available_memory() // 3  # of one form of the weights: peers keep their own, wider or narrower
@@ -143,13 +180,18 @@ def bench(args: argparse.Namespace) -> int:
     started, facts = time.time(), records.common_facts()
     outcomes: list[Outcome] = []
     everyone: list[peers.Peer] = []
-    with quiet_stdout():
+    with quiet_stdout(), terminated_as_interrupted():
         if args.scaling:
             lines = scaling.run(args)
         else:
             everyone = list(peers.load(peers.MODULES if args.peers else ("ours", "machine")))
-            outcomes = run(args, everyone)
-            lines = [line for outcome in outcomes for line in report.lines(outcome, args)]
+
+            def keep(outcomes: list[Outcome]) -> None:
+                if args.json not in (None, "-"):
+                    write_json({**facts, "lines": lines_of(outcomes, args)}, args.json)
+
+            outcomes = run(args, everyone, keep)
+            lines = lines_of(outcomes, args)
     changed = changes.find(old, lines)
     costs = cost.estimate(args.model, measured=product_rates(lines)) if args.cost else None
     if args.json:
