@@ -99,6 +99,23 @@ def test_a_tensor_with_the_negative_bit_has_its_own_values(grad):
         assert torch.equal(function(negative), function(-x))
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["direct", "recorded"])
+def test_a_tensor_that_outlived_its_transform_is_read(grad):
+    kept = []
+
+    def loss(x):
+        kept.append(x * 1)
+        return x.sum()
+
+    logits = torch.randn(3, E)
+    torch.func.grad(loss)(logits)
+    config = RouterConfig(E, 2)
+    with torch.set_grad_enabled(grad):
+        given, expected = pt.topk_gating(kept[0], config), pt.topk_gating(logits, config)
+    assert torch.equal(given.topk_idx, expected.topk_idx)
+    assert torch.equal(given.topk_weights, expected.topk_weights)
+
+
 def test_what_cannot_cross_is_one_sentence():
     with pytest.raises(TypeError, match=r"^f: x must be on the CPU or a CUDA device, got float32 \[2\] on meta$"):
         _tensors.array("f", "x", torch.empty(2, device="meta"))
