@@ -10,7 +10,7 @@ import numpy as np
 from .. import _check
 from ..placement.experts import Placement
 from .cluster import Cluster
-from .traffic import Layer, layer_traffic
+from .traffic import Layer, Traffic, layer_traffic
 
 Array = Any
 
@@ -80,21 +80,38 @@ def layer_time(cluster: Cluster, layer: Layer, plan: Placement, loads: Any, inde
     all ports' ``bytes / bandwidth``, and the latency of every link that it uses.
     """
     traffic = layer_traffic(cluster, layer, plan, loads, index)
-    sizes = [layer.hidden * layer.dispatch_bytes + 8 * layer.config.top_k, layer.hidden * layer.combine_bytes]
-    network = float(max(traffic.network_out.max(), traffic.network_in.max()))
-    inside = float(max(traffic.inside_out.max(), traffic.inside_in.max()))
-    latencies = cluster.network.latency * (network > 0), cluster.inside.latency * (inside > 0)
-    latency = sum(latencies) if layer.send == "node" else max(latencies)  # one hop after the other, or one of them
-    over = {"network": network / cluster.network.bandwidth, "inside": inside / cluster.inside.bandwidth}
-    slower = max(over, key=lambda name: over[name])
-    dispatch, combine = (latency + over[slower] * size for size in sizes)
-    binds = "latency" if latency > over[slower] * sum(sizes) / 2 else slower
+    there = _exchange(cluster, layer.send, traffic, layer.hidden * layer.dispatch_bytes + 8 * layer.config.top_k)
+    home = layer.back or layer.send
+    if home != layer.send:
+        back = layer_traffic(cluster, dataclasses.replace(layer, send=home), plan, loads, index)
+    else:
+        back = traffic
+    returned = _exchange(cluster, home, back, layer.hidden * layer.combine_bytes)
+    waits = {name: getattr(there, name) + getattr(returned, name) for name in ("network", "inside")}
+    slower = max(waits, key=lambda name: waits[name])
     mean = traffic.rows.mean()
     return LayerTime(
-        dispatch, float(traffic.rows.max()) * layer.expert_flops / cluster.rate, combine, binds,
-        network * sum(sizes), inside * sum(sizes), _messages(cluster, layer),
-        float(traffic.rows.max() / mean) if mean else 1.0,
+        there.seconds, float(traffic.rows.max()) * layer.expert_flops / cluster.rate, returned.seconds,
+        "latency" if there.latency + returned.latency > waits[slower] else slower,
+        waits["network"] * cluster.network.bandwidth, waits["inside"] * cluster.inside.bandwidth,
+        _messages(cluster, layer), float(traffic.rows.max() / mean) if mean else 1.0,
     )  # fmt: skip
+
+
+class _Exchange(NamedTuple):
+    seconds: float
+    latency: float
+    network: float  # seconds of its busiest port
+    inside: float
+
+
+def _exchange(cluster: Cluster, send: str, traffic: Traffic, size: float) -> _Exchange:
+    """All copies of ``size`` bytes, there or back: the busiest port is the same."""
+    network = size * float(max(traffic.network_out.max(), traffic.network_in.max())) / cluster.network.bandwidth
+    inside = size * float(max(traffic.inside_out.max(), traffic.inside_in.max())) / cluster.inside.bandwidth
+    latencies = cluster.network.latency * (network > 0), cluster.inside.latency * (inside > 0)
+    latency = sum(latencies) if send == "node" else max(latencies)  # one hop after the other, or one of them
+    return _Exchange(latency + max(network, inside), latency, network, inside)
 
 
 def _messages(cluster: Cluster, layer: Layer) -> int:

@@ -30,6 +30,9 @@ class Layer:
     send : {"node", "device", "expert"}
         A copy of a token for each node, which hands it on inside (DeepSeek-V3, DeepEP's normal kernels), for each
         device, or for each chosen expert (DeepEP's low-latency kernels).
+    back : {None, "node", "device", "expert"}
+        On the way back; as there by default. ``pyroute.pytorch.ExpertParallel`` sends to devices and gets a row back
+        for each expert, so that a token's sum has the order that it has on one device.
     dispatch_bytes, combine_bytes : float, optional
         Of a value on its way to the experts and back. By default 1 + 4 / 128 (FP8, a float32 scale for 128 values) and
         2 (bfloat16).
@@ -42,11 +45,13 @@ class Layer:
     send: str = "node"
     dispatch_bytes: float = 1 + 4 / 128
     combine_bytes: float = 2.0
+    back: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "intermediate", "tokens"):
             _check.integer("Layer", name, getattr(self, name), 1)
         _check.one_of("Layer", "send", self.send, SENDS)
+        _check.one_of("Layer", "back", self.back, (None, *SENDS))
 
     @property
     def expert_flops(self) -> float:
@@ -55,9 +60,9 @@ class Layer:
 
 
 class Traffic(NamedTuple):
-    """Of one layer's tokens on their way to the experts; back they go the same way. Arrays [devices], in copies."""
+    """Of one layer's tokens on their way to the experts; the way back has in and out exchanged. Arrays [devices]."""
 
-    network_out: Array
+    network_out: Array  # copies
     network_in: Array
     inside_out: Array
     inside_in: Array
