@@ -177,7 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
             if args.record:
                 from .suite import records
 
-                records.append([{"op": "expert_parallel", "case": f"{report['world']} ranks", **report}])
+                machine = records.machine_file()
+                file = machine.with_name(f"{machine.stem}-expert-parallel.jsonl")
+                records.append([{"op": "expert_parallel", "case": f"{report['world']} ranks", **report}], path=file)
             if args.json != "-":
                 show(report_console(), report)
     except UsageError as error:
