@@ -30,7 +30,7 @@ SIZES = ((16, 1024), (256, 1024), (1024, 1024), (1024, 4096), (4096, 1024))  # t
 # bytes that a rank receives; what is larger than 32 MiB glibc maps anew every time, and every page of it faults
 PROBES = ((2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24), (40 << 20, 64 << 20, 96 << 20))
 MAPPED = 32 << 20
-ROUNDS = 15
+ROUNDS = 9
 THERE = ("the exchange of headers", "the dispatch of routes", "the dispatch of tokens")
 BACK = "the combine of results"
 
@@ -130,7 +130,7 @@ def run(sizes: Any = SIZES, rounds: int = ROUNDS, probes: Any = PROBES) -> dict[
     """Both, for every size and payload; the same on every rank."""
     cases = [(*size, payload) for size in sizes for payload in (None, "fp8")]
     before = [measure_link(rounds, some) for some in probes]
-    measured = [measure_layer(*case, rounds) for case in cases]
+    measured = [measure_layer(tokens, hidden, payload, rounds) for tokens, hidden, payload in cases]
     after = [measure_link(rounds, some) for some in probes]
     links = [_mean(*pair) for pair in zip(before, after, strict=True)]  # a shared machine is not the same for long
     lines = [
