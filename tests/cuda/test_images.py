@@ -38,7 +38,8 @@ def test_no_kernel_spills_or_uses_local_memory(room):
         pytest.skip("this build has no fatbins")
     for arch in compiled.archs_of(room):
         for kernel, used in compiled.resources(room, arch).items():
-            few = 8 if "float64" in kernel else 0  # a word or two of a kernel for float64 costs nothing that counts
+            # on the newest a word or two of a kernel for float64 costs nothing that counts
+            few = 8 if arch in ("sm_100a", "sm_120a") and "float64" in kernel else 0
             assert used.stack <= few, (kernel, arch, used)
             assert used.local == 0, (kernel, arch, used)
 

@@ -63,6 +63,15 @@ def test_shapes_of_hopper_products(shape, seed, monkeypatch, rng):
     assert f"{shape}_product" in emulated.launched()
 
 
+@pytest.mark.parametrize("num_experts", [80, 1030])
+def test_plans_of_many_slots(num_experts, rng):
+    """Counted by several blocks, whose last one adds up what the others found."""
+    emulated.launched()
+    plan = pyroute.plan_routes(to_device(rng.integers(-1, num_experts, (1500, 3))), num_experts)
+    assert "sum_chunks" in emulated.launched()
+    pyroute.permute(to_device(rng.normal(size=(1500, 4)).astype(np.float32)), plan)
+
+
 @SEEDS
 def test_losses_and_expert_choice(seed, rng):
     config = pyroute.RouterConfig(40, 4, "sigmoid", renormalize="sum")
