@@ -24,6 +24,11 @@ struct GroupedGemmArgs {
     void *out;                     // forward [R, N], dgrad [R, K]; every row is written
     ElementType out_type;          // float32 or bfloat16
     int64_t num_rows, num_experts, n, k;
+    // The masked layout, forward only: a [E, rows_per_expert, K] and out [E, rows_per_expert, N], of which expert e has
+    // the first tokens_per_expert[e] rows, 0 to rows_per_expert; the others take no part and are not written.
+    // expert_offsets is null, num_rows E * rows_per_expert.
+    const int32_t *tokens_per_expert = nullptr; // [E], or null: expert_offsets say it
+    int64_t rows_per_expert = 0;
 };
 
 struct GroupedGemmWgradArgs {

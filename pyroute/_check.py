@@ -249,6 +249,16 @@ def expert_offsets(function: str, offsets: Array, num_rows: int, num_experts: in
     return offsets if is_device_array(offsets) else offsets.astype("int64", copy=False)
 
 
+def tokens_per_expert(function: str, counts: Array, most: int) -> Array:
+    """How many of an expert's ``most`` rows exist, as int32. On a GPU the kernels keep them within 0 and ``most``."""
+    dtype(function, "tokens_per_expert", counts, ("int32",) if is_device_array(counts) else INTEGERS)
+    seen = values(counts)
+    if seen is not None and seen.size and not (seen.min() >= 0 and seen.max() <= most):
+        wrong = int(((seen < 0) | (seen > most)).argmax())
+        raise value_error(function, f"tokens_per_expert[{wrong}]", f"in 0..{most} (rows of an expert)", seen[wrong])
+    return counts if is_device_array(counts) else counts.astype("int32", copy=False)
+
+
 def first_few(values: Array) -> str:
     shown = ", ".join(str(value) for value in values[:8].tolist())
     return f"[{shown}{', ...' if values.size > 8 else ''}]"

@@ -18,8 +18,9 @@ OPERAND_TYPES = ("float32", "bfloat16")
 def grouped_gemm(
     a: Operand,
     b: Operand,
-    expert_offsets: Any,
+    expert_offsets: Any = None,
     *,
+    tokens_per_expert: Any = None,
     out_dtype: Any = None,
     out: Array | None = None,
     backend: str | None = None,
@@ -28,21 +29,26 @@ def grouped_gemm(
 
     Parameters
     ----------
-    a : float32, bfloat16 or Fp8Array [R, K]
-        Rows sorted by expert, as ``permute`` writes them.
+    a : float32, bfloat16 or Fp8Array [R, K], or [E, M, K]
+        Rows sorted by expert, as ``permute`` writes them; or, with ``tokens_per_expert``, room for M rows an expert.
     b : float32, bfloat16 or Fp8Array [E, N, K]
         One weight matrix per expert, output features first. Any mix of types with ``a``.
     expert_offsets : integer [E + 1]
         Expert e owns rows ``expert_offsets[e]`` to ``expert_offsets[e + 1]``: from 0, not decreasing, to at most R.
+    tokens_per_expert : integer [E], 0 to M
+        In place of ``expert_offsets``, the masked layout: expert e owns the first ``tokens_per_expert[e]`` rows of
+        ``a[e]``. What lies behind them takes no part in any result, and the rows of ``out`` behind them are not
+        written: in a fresh array they hold anything. A graph of a decoding step keeps its shapes this way, and work is
+        done for the rows that exist.
     out_dtype : {"float32", "bfloat16"}, optional
         By default that of ``out``, else float32 if ``a`` or ``b`` is float32, else bfloat16.
-    out : array [R, N], optional
-        C-contiguous; every row is written. Must not overlap an input.
+    out : array [R, N], or [E, M, N], optional
+        C-contiguous; every row is written, in the masked layout every row that exists. Must not overlap an input.
     backend : str, optional
 
     Returns
     -------
-    array [R, N]
+    array [R, N], or [E, M, N]
         Rows past the last offset are zero. A zero row of ``a``, such as padding, gives a zero row where the weights are
         finite. NaN results are the canonical quiet NaN.
 
@@ -66,6 +72,11 @@ def grouped_gemm(
     """
     name = "grouped_gemm"
     given = (a, b, expert_offsets)
+    if tokens_per_expert is not None:
+        if expert_offsets is not None:
+            got = _check.describe(tokens_per_expert)
+            raise _check.value_error(name, "tokens_per_expert", "None together with expert_offsets", got)
+        return _masked(a, b, tokens_per_expert, out_dtype, out, backend)
     a = _operand(name, "a", a, (("R", None), ("K", None)))
     b = _operand(name, "b", b, (("E", None), ("N", None), ("K", a.shape[1])))
     offsets = _offsets(name, expert_offsets, a.shape[0], b.shape[0])
@@ -79,6 +90,27 @@ def grouped_gemm(
             _device.grouped_gemm(a, b, offsets, out, False)
         case _:
             _array.grouped_gemm(_backend.array_module(out), a, b, offsets, out)
+    return out
+
+
+def _masked(a: Operand, b: Operand, tokens: Any, out_dtype: Any, out: Array | None, backend: str | None) -> Array:
+    name = "grouped_gemm"
+    given = (a, b, tokens)
+    a = _operand(name, "a", a, (("E", None), ("M", None), ("K", None)))
+    experts, room, k = a.shape
+    b = _operand(name, "b", b, (("E", experts), ("N", None), ("K", k)))
+    tokens = _check.tokens_per_expert(
+        name, _backend.as_array(name, "tokens_per_expert", tokens, _check.INTEGERS, (("E", experts),)), room
+    )
+    chosen = _backend.choose(name, backend, *_memory(a), *_memory(b), tokens, out)
+    out = _output(name, a, b, given, out_dtype, out, (("E", experts), ("M", room), ("N", b.shape[1])))
+    match chosen:
+        case "cpu":
+            _backend.core.grouped_gemm_masked(_native(a), _native(b), tokens, out, _check.DTYPE_NAMES[out.dtype])
+        case "cuda":
+            _device.grouped_gemm_masked(a, b, tokens, out)
+        case _:
+            _array.grouped_gemm_masked(_backend.array_module(out), a, b, tokens, out)
     return out
 
 
@@ -252,4 +284,4 @@ def _output(
     if out is not None:
         _check.output(function, "out", out, dtype, axes, *given, *_memory(a), *_memory(b))
         return out
-    return _backend.empty_beside(_memory(a)[0], (axes[0][1], axes[1][1]), dtype)
+    return _backend.empty_beside(_memory(a)[0], tuple(extent for _, extent in axes), dtype)

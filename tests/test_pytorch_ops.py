@@ -231,6 +231,30 @@ def test_fp8_is_the_cores(scale_format):
     assert_same_bytes(numpy(q.dequantize(torch.bfloat16)), want.dequantize("bfloat16"))
 
 
+def test_grouped_gemm_masked_is_the_cores():
+    a, b = torch.randn(2, 5, 20), torch.randn(2, 7, 20)
+    counts = torch.tensor([3, 5])
+    want = pyroute.grouped_gemm(numpy(a), numpy(b), tokens_per_expert=numpy(counts))
+    for out in (
+        pt.grouped_gemm(a, b, tokens_per_expert=counts),
+        torch.compile(pt.grouped_gemm, backend="eager", fullgraph=True)(a, b, tokens_per_expert=counts),
+    ):
+        assert_same_bytes(numpy(out[0, :3]), want[0, :3])
+        assert_same_bytes(numpy(out[1]), want[1])
+    quantised = pt.grouped_gemm(pt.quantize_fp8(a), pt.quantize_fp8(b), tokens_per_expert=counts)
+    assert quantised.dtype == torch.bfloat16
+    assert (quantised[1].float() - out[1]).norm() < 0.1 * out[1].norm()
+    with pytest.raises(RuntimeError, match="grouped_gemm_masked: no gradient is defined"):
+        pt.grouped_gemm(a.requires_grad_(), b, tokens_per_expert=counts).sum().backward()
+    for wrong, match in (
+        ({"expert_offsets": torch.tensor([0, 3, 5])}, "tokens_per_expert must be None together with expert_offsets"),
+        ({"transposed": True}, "tokens_per_expert must be None together with transposed=True"),
+        ({"tokens_per_expert": None}, "expert_offsets must be a tensor, got None"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            pt.grouped_gemm(a.detach(), b, **{"tokens_per_expert": counts, **wrong})
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_grouped_gemm_is_the_cores(dtype, fp8):
@@ -380,6 +404,10 @@ def op_cases():
         "grouped_gemm": (rows, None, (1, 1), w_gate_up, None, (1, 1), plan.expert_offsets, None),
         "grouped_gemm fp8": (
             rows, None, (1, 1), codes, quantised.scales, quantised.block, plan.expert_offsets, torch.bfloat16,
+        ),
+        "grouped_gemm_masked": (
+            rows[:6].detach().view(2, 3, -1), None, (1, 1), w_gate_up[:2].detach(), None, (1, 1), torch.tensor([3, 3]),
+            None,
         ),
         "grouped_gemm_dgrad": (
             rows[:, :20].detach().requires_grad_(), codes, quantised.scales, quantised.block, plan.expert_offsets,

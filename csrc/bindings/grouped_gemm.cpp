@@ -93,6 +93,14 @@ class Operand {
     GemmOperand operand_{};
 };
 
+void *result(py::array &out, ElementType type, std::initializer_list<int64_t> shape) {
+    if (type == ElementType::float32)
+        return output<float>(out, "out", shape);
+    if (type == ElementType::bfloat16)
+        return output<uint16_t>(out, "out", shape);
+    throw std::invalid_argument("_core: out must be float32 or bfloat16");
+}
+
 void grouped_gemm(const py::tuple &a, const py::tuple &b, const py::array &expert_offsets, py::array &out,
                   const std::string &out_type, bool transposed) {
     const int64_t num_rows = extent(a[0].cast<py::array>(), 0);
@@ -107,15 +115,32 @@ void grouped_gemm(const py::tuple &a, const py::tuple &b, const py::array &exper
     args.b = weights.stack(args.num_experts, args.n, args.k);
     args.expert_offsets = offsets.data;
     args.out_type = element_type(out_type);
-    const std::initializer_list<int64_t> shape = {num_rows, transposed ? args.k : args.n};
-    if (args.out_type == ElementType::float32)
-        args.out = output<float>(out, "out", shape);
-    else if (args.out_type == ElementType::bfloat16)
-        args.out = output<uint16_t>(out, "out", shape);
-    else
-        throw std::invalid_argument("_core: out must be float32 or bfloat16");
+    args.out = result(out, args.out_type, {num_rows, transposed ? args.k : args.n});
     py::gil_scoped_release release;
     transposed ? cpu::grouped_gemm_dgrad(args) : cpu::grouped_gemm(args);
+}
+
+void grouped_gemm_masked(const py::tuple &a, const py::tuple &b, const py::array &tokens_per_expert, py::array &out,
+                         const std::string &out_type) {
+    const py::array codes = a[0].cast<py::array>();
+    const Offsets none{nullptr, extent(codes, 0)};
+    Operand x(a, "a", none), weights(b, "b", none);
+    GroupedGemmArgs args{};
+    args.num_experts = none.num_experts;
+    args.rows_per_expert = x.axis(1);
+    args.num_rows = args.num_experts * args.rows_per_expert;
+    args.n = weights.axis(1);
+    args.k = weights.axis(2);
+    args.a = x.stack(args.num_experts, args.rows_per_expert, args.k);
+    args.b = weights.stack(args.num_experts, args.n, args.k);
+    args.tokens_per_expert = input<int32_t>(tokens_per_expert, "tokens_per_expert", {args.num_experts});
+    for (int64_t e = 0; e < args.num_experts; ++e)
+        if (args.tokens_per_expert[e] < 0 || args.tokens_per_expert[e] > args.rows_per_expert)
+            throw std::invalid_argument("_core: tokens_per_expert must be in 0 to the rows of an expert");
+    args.out_type = element_type(out_type);
+    args.out = result(out, args.out_type, {args.num_experts, args.rows_per_expert, args.n});
+    py::gil_scoped_release release;
+    cpu::grouped_gemm(args);
 }
 
 void grouped_gemm_wgrad(const py::tuple &grad_out, const py::tuple &a, const py::array &expert_offsets, py::array &out,
@@ -143,6 +168,8 @@ void bind_grouped_gemm(py::module_ &module);
 void bind_grouped_gemm(py::module_ &module) {
     module.def("grouped_gemm", &grouped_gemm, py::arg("a"), py::arg("b"), py::arg("expert_offsets"), py::arg("out"),
                py::arg("out_type"), py::arg("transposed"));
+    module.def("grouped_gemm_masked", &grouped_gemm_masked, py::arg("a"), py::arg("b"), py::arg("tokens_per_expert"),
+               py::arg("out"), py::arg("out_type"));
     module.def("grouped_gemm_wgrad", &grouped_gemm_wgrad, py::arg("grad_out"), py::arg("a"), py::arg("expert_offsets"),
                py::arg("out"), py::arg("accumulate"));
 }

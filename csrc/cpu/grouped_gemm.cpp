@@ -247,6 +247,15 @@ PanelSource segment(const GemmOperand &operand, int64_t e, int64_t begin, int64_
     return s;
 }
 
+struct ExpertRows {
+    int64_t begin, count;
+};
+ExpertRows rows_of(const GroupedGemmArgs &args, int64_t e) {
+    if (args.tokens_per_expert)
+        return {e * args.rows_per_expert, args.tokens_per_expert[e]};
+    return {args.expert_offsets[e], args.expert_offsets[e + 1] - args.expert_offsets[e]};
+}
+
 void multiply_by_segment(const GroupedGemmArgs &args, bool transposed) {
     const int64_t length = transposed ? args.n : args.k, num_cols = transposed ? args.k : args.n;
     const int64_t row_bytes = num_cols * item_size(args.out_type);
@@ -254,17 +263,21 @@ void multiply_by_segment(const GroupedGemmArgs &args, bool transposed) {
     std::vector<Product> products;
     DecodeBatch decode;
     for (int64_t e = 0; e < args.num_experts; ++e) {
-        const int64_t begin = args.expert_offsets[e], end = args.expert_offsets[e + 1];
-        if (begin == end)
+        const auto [begin, count] = rows_of(args, e);
+        if (count == 0)
             continue;
-        const Product p = {segment(args.a, e, begin, end, length, false), matrix(args.b, e, args.n, args.k, transposed),
-                           end - begin, num_cols, out + begin * row_bytes};
+        const PanelSource rows = args.tokens_per_expert ? matrix(args.a, e, args.rows_per_expert, length, false)
+                                                        : segment(args.a, e, begin, begin + count, length, false);
+        const Product p = {rows, matrix(args.b, e, args.n, args.k, transposed), count, num_cols,
+                           out + begin * row_bytes};
         if (!decode.add(p.x, p.y, p.num_rows, num_cols, p.out, args.out_type))
             products.push_back(p);
     }
     decode.run();
-    const int64_t used = args.expert_offsets[args.num_experts];
-    std::memset(out + used * row_bytes, 0, static_cast<size_t>((args.num_rows - used) * row_bytes));
+    if (!args.tokens_per_expert) {
+        const int64_t used = args.expert_offsets[args.num_experts];
+        std::memset(out + used * row_bytes, 0, static_cast<size_t>((args.num_rows - used) * row_bytes));
+    }
     run_products(products, {args.out_type, false, false});
 }
 

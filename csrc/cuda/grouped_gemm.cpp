@@ -94,13 +94,16 @@ Choice mma_for_rows(const GroupedGemmArgs &args, bool transposed, bool low) {
     return {};
 }
 
-// Within the tensor cores' kernels, and within the general ones, the tile changes no byte.
+// Within the tensor cores' kernels, and within the general ones, the tile changes no byte. The masked layout is one of
+// few rows an expert, however many it has room for.
 Choice for_rows(const GroupedGemmArgs &args, bool transposed) {
-    const Choice choice = mma_for_rows(args, transposed, args.num_rows <= 32 * args.num_experts);
+    const auto at_most = [&](int64_t rows) {
+        return args.tokens_per_expert || args.num_rows <= rows * args.num_experts;
+    };
+    const Choice choice = mma_for_rows(args, transposed, at_most(32));
     if (choice.exists() && !general_is_wanted())
         return choice;
-    return args.num_rows <= 8 * args.num_experts ? general("grouped_gemm_few_rows", 8, 64)
-                                                 : general("grouped_gemm_general", 64, 32);
+    return at_most(8) ? general("grouped_gemm_few_rows", 8, 64) : general("grouped_gemm_general", 64, 32);
 }
 
 Choice for_wgrad(const GroupedGemmWgradArgs &args, Restarts restarts) {
@@ -134,8 +137,9 @@ void multiply(const Stream &stream, GroupedGemmArgs args, Restarts restarts, boo
         return sm90::grouped_gemm(stream, args, transposed, b_transposed, workspace);
     const Choice choice = for_rows(args, transposed);
     Cutter cutter(workspace);
-    const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts,
-                                    choice.tile_rows, {restarts.a ? &args.a : nullptr, nullptr});
+    const bool own_blocks = restarts.a || (args.tokens_per_expert && args.a.block_rows > 1); // of each expert's rows
+    const GemmPlan plan =
+        make_plan(stream, cutter, rows_of(args), choice.tile_rows, {own_blocks ? &args.a : nullptr, nullptr});
     args.a.expert_block_starts = plan.block_starts[0];
     const int64_t tiles = most_tiles(args.num_rows, args.num_experts, choice.tile_rows);
     launch_tiles(stream, choice, tiles * divide_up(num_cols, choice.tile_cols),
@@ -189,7 +193,7 @@ void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &given,
     GroupedGemmWgradArgs args = given;
     const Choice choice = for_wgrad(args, restarts);
     Cutter cutter(workspace);
-    const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, 0,
+    const GemmPlan plan = make_plan(stream, cutter, rows_of(args), 0,
                                     {restarts.grad_out ? &args.grad_out : nullptr, restarts.a ? &args.a : nullptr});
     args.grad_out.expert_block_starts = plan.block_starts[0];
     args.a.expert_block_starts = plan.block_starts[1];

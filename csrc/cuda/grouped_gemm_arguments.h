@@ -6,9 +6,17 @@
 
 namespace pyroute::cuda {
 
+// Which rows belong to which expert; the caller's arrays, on the device: of any values.
+struct GemmRows {
+    const int64_t *expert_offsets;
+    int64_t num_rows, num_experts;
+    const int32_t *tokens_per_expert; // or null; the masked layout, as in GroupedGemmArgs
+    int64_t rows_per_expert;
+};
+
 struct GemmPlanArgs {
-    const int64_t *expert_offsets; // the caller's, on the device: of any values
-    int64_t num_rows, num_experts, tile_rows;
+    GemmRows rows;
+    int64_t tile_rows;
     int64_t block_rows[2]; // of the scale blocks that restart
     GemmPlan plan;
 };

@@ -15,14 +15,12 @@ GemmPlan cut_plan(Cutter &workspace, int64_t num_rows, int64_t num_experts, int6
     return plan;
 }
 
-GemmPlan make_plan(const Stream &stream, Cutter &workspace, const int64_t *expert_offsets, int64_t num_rows,
-                   int64_t num_experts, int64_t tile_rows, const GemmOperand *const (&restarting)[2]) {
+GemmPlan make_plan(const Stream &stream, Cutter &workspace, const GemmRows &rows, int64_t tile_rows,
+                   const GemmOperand *const (&restarting)[2]) {
     GemmPlanArgs args = {};
-    args.expert_offsets = expert_offsets;
-    args.num_rows = num_rows;
-    args.num_experts = num_experts;
+    args.rows = rows;
     args.tile_rows = tile_rows > 0 ? tile_rows : 1;
-    args.plan = cut_plan(workspace, num_rows, num_experts, tile_rows);
+    args.plan = cut_plan(workspace, rows.num_rows, rows.num_experts, tile_rows);
     for (int i = 0; i < 2; ++i) {
         args.block_rows[i] = restarting[i] ? restarting[i]->block_rows : 1;
         if (!restarting[i])

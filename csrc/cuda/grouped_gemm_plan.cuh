@@ -1,5 +1,5 @@
-// The plan of a grouped GEMM, made on the device from expert_offsets: safe segments, the scale rows where each begins,
-// and the table of row tiles.
+// The plan of a grouped GEMM, made on the device from expert_offsets or tokens_per_expert: safe segments, the scale
+// rows where each begins, and the table of row tiles.
 //
 // One block. Experts go by in runs of 256, a thread each: a running maximum makes the offsets safe, running sums place
 // tiles and scale rows; then all threads fill the table, each entry by a binary search for its expert.
@@ -45,6 +45,11 @@ template <class Op> PYROUTE_DEVICE int64_t scan_block(int64_t value, int64_t &ca
     return value;
 }
 
+// Of expert e in the masked layout, whatever the caller says.
+PYROUTE_DEVICE int64_t masked_rows(const GemmRows &rows, int64_t e) {
+    return max_of<int64_t>(min_of<int64_t>(rows.tokens_per_expert[e], rows.rows_per_expert), 0);
+}
+
 PYROUTE_DEVICE void plan_segments(const GemmPlanArgs &args, PlanScan &scan) {
     const GemmPlan &plan = args.plan;
     if (threadIdx.x == 0) {
@@ -54,16 +59,18 @@ PYROUTE_DEVICE void plan_segments(const GemmPlanArgs &args, PlanScan &scan) {
                 starts[0] = 0;
     }
     int64_t offset = 0, tile = 0, block[2] = {0, 0};
-    for (int64_t first = 0; first < args.num_experts; first += plan_threads) {
+    const GemmRows &given = args.rows;
+    const bool masked = given.tokens_per_expert;
+    for (int64_t first = 0; first < given.num_experts; first += plan_threads) {
         const int64_t e = first + threadIdx.x;
-        const bool real = e < args.num_experts;
-        const int64_t given = real ? args.expert_offsets[e + 1] : 0;
-        const int64_t end = scan_block<Larger>(max_of<int64_t>(min_of(given, args.num_rows), 0), offset, scan);
+        const bool real = e < given.num_experts;
+        const int64_t ends = !real ? 0 : masked ? (e + 1) * given.rows_per_expert : given.expert_offsets[e + 1];
+        const int64_t end = scan_block<Larger>(max_of<int64_t>(min_of(ends, given.num_rows), 0), offset, scan);
         if (real)
             plan.offsets[e + 1] = end;
         sync_block();
-        const int64_t rows = real ? end - plan.offsets[e] : 0;
-        const int64_t tile_end = scan_block<Sum>(divide_up(rows, args.tile_rows), tile, scan);
+        const int64_t rows = real ? end - plan.offsets[e] : 0, used = real && masked ? masked_rows(given, e) : rows;
+        const int64_t tile_end = scan_block<Sum>(divide_up(used, args.tile_rows), tile, scan);
         if (real)
             plan.tile_starts[e + 1] = tile_end;
         for (int i = 0; i < 2; ++i) {
@@ -79,16 +86,17 @@ PYROUTE_DEVICE void plan_segments(const GemmPlanArgs &args, PlanScan &scan) {
 
 PYROUTE_DEVICE GemmTile tile_of(const GemmPlanArgs &args, int64_t tile, int64_t of_experts) {
     const GemmPlan &plan = args.plan;
-    int64_t low = args.num_experts, row = plan.offsets[args.num_experts] + (tile - of_experts) * args.tile_rows;
-    int64_t end = args.num_rows;
+    const GemmRows &given = args.rows;
+    int64_t low = given.num_experts, row = plan.offsets[low] + (tile - of_experts) * args.tile_rows;
+    int64_t end = given.num_rows;
     if (tile < of_experts) { // the last expert that begins at or before the tile; it has rows
         low = 0;
-        for (int64_t high = args.num_experts; high - low > 1;) {
+        for (int64_t high = given.num_experts; high - low > 1;) {
             const int64_t middle = (low + high) / 2;
             (plan.tile_starts[middle] <= tile ? low : high) = middle;
         }
         row = plan.offsets[low] + (tile - plan.tile_starts[low]) * args.tile_rows;
-        end = plan.offsets[low + 1];
+        end = given.tokens_per_expert ? plan.offsets[low] + masked_rows(given, low) : plan.offsets[low + 1];
     }
     return {tile < of_experts ? static_cast<int32_t>(low) : -1, static_cast<int32_t>(min_of(end - row, args.tile_rows)),
             row};
@@ -99,8 +107,8 @@ PYROUTE_DEVICE void plan_grouped_gemm(const GemmPlanArgs &args) {
     plan_segments(args, scan);
     if (!args.plan.tiles)
         return;
-    const int64_t of_experts = args.plan.tile_starts[args.num_experts];
-    const int64_t rest = args.num_rows - args.plan.offsets[args.num_experts];
+    const int64_t experts = args.rows.num_experts, of_experts = args.plan.tile_starts[experts];
+    const int64_t rest = args.rows.num_rows - args.plan.offsets[experts]; // none in the masked layout
     const int64_t num_tiles = of_experts + divide_up(rest, args.tile_rows);
     if (threadIdx.x == 0)
         *args.plan.num_tiles = num_tiles;

@@ -26,7 +26,14 @@ class Cutter {
 GemmPlan cut_plan(Cutter &workspace, int64_t num_rows, int64_t num_experts, int64_t tile_rows);
 
 // Made on the device, in the stream's order; `restarting` says which of the operands of rows need their scale rows.
-GemmPlan make_plan(const Stream &stream, Cutter &workspace, const int64_t *expert_offsets, int64_t num_rows,
-                   int64_t num_experts, int64_t tile_rows, const GemmOperand *const (&restarting)[2]);
+GemmPlan make_plan(const Stream &stream, Cutter &workspace, const GemmRows &rows, int64_t tile_rows,
+                   const GemmOperand *const (&restarting)[2]);
+
+inline GemmRows rows_of(const GroupedGemmArgs &args) {
+    return {args.expert_offsets, args.num_rows, args.num_experts, args.tokens_per_expert, args.rows_per_expert};
+}
+inline GemmRows rows_of(const GroupedGemmWgradArgs &args) {
+    return {args.expert_offsets, args.num_rows, args.num_experts, nullptr, 0};
+}
 
 } // namespace pyroute::cuda

@@ -32,6 +32,14 @@ def grouped_gemm(xp: Any, a: Any, b: Any, expert_offsets: Array, out: Array) -> 
 
 
 @np.errstate(all="ignore")
+def grouped_gemm_masked(xp: Any, a: Any, b: Any, tokens_per_expert: Array, out: Array) -> None:
+    """The first ``tokens_per_expert[e]`` rows of ``a[e]`` [M, K] times ``b[e]`` [N, K] transposed, into ``out[e]``."""
+    for e, count in enumerate(tokens_per_expert.tolist()):
+        if count:
+            out[e, :count] = _product(xp, _values(xp, a[e])[:count], _values(xp, b[e])).astype(out.dtype)
+
+
+@np.errstate(all="ignore")
 def grouped_gemm_dgrad(xp: Any, grad_out: Any, b: Any, expert_offsets: Array, out: Array) -> None:
     """Rows of segment e of ``grad_out`` [R, N] times ``b[e]`` [N, K], into ``out`` [R, K]."""
     grad_out = _values(xp, grad_out)

@@ -32,23 +32,21 @@ def _native(x: Operand) -> tuple[Any, ...]:
 def grouped_gemm(a: Operand, b: Operand, expert_offsets: Array, out: Array, transposed: bool) -> None:
     """Rows of ``a`` times their experts' ``b``, or with ``transposed`` times ``b`` transposed (dgrad), into ``out``."""
     copy = arrays.pointer(getattr(b, "codes_transposed", None)) if transposed else 0
+    _multiply(a, b, (arrays.pointer(expert_offsets), 0, 0, a.shape[0], *b.shape), out, transposed, copy)
+
+
+def grouped_gemm_masked(a: Operand, b: Operand, tokens_per_expert: Array, out: Array) -> None:
+    """The first rows of each ``a[e]`` [M, K] times ``b[e]`` transposed, into ``out[e]``."""
+    experts, room = a.shape[:2]
+    _multiply(a, b, (0, arrays.pointer(tokens_per_expert), room, experts * room, *b.shape), out, False, 0)
+
+
+def _multiply(a: Operand, b: Operand, rows: tuple[int, ...], out: Array, transposed: bool, b_transposed: int) -> None:
     place = arrays.place(out)
-    operands = (_native(a), _native(b))
     out_type = _TYPES[_check.DTYPE_NAMES[out.dtype]]
-    sizes = (a.shape[0], *b.shape)
-    num_bytes = _cuda().grouped_gemm_workspace(*place, *operands, out_type, *sizes, transposed, copy)
-    workspace = arrays.workspace(out, num_bytes)
-    _cuda().grouped_gemm(
-        *place,
-        *operands,
-        arrays.pointer(expert_offsets),
-        arrays.pointer(out),
-        out_type,
-        *sizes,
-        transposed,
-        copy,
-        arrays.pointer(workspace),
-    )
+    given = (*place, _native(a), _native(b), rows, out_type, transposed, b_transposed)
+    workspace = arrays.workspace(out, _cuda().grouped_gemm_workspace(*given))
+    _cuda().grouped_gemm(*given, arrays.pointer(out), arrays.pointer(workspace))
 
 
 def transposed_codes(b: Operand) -> Array | None:

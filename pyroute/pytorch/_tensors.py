@@ -113,6 +113,13 @@ def ids_array(function: str, argument: str, tensor: Tensor) -> Array:
     return array(function, argument, tensor)
 
 
+def int32_array(function: str, argument: str, tensor: Tensor) -> Array:
+    """Counts, which a GPU's kernels take as int32; other integers are converted there."""
+    if not on_host(tensor) and tensor.dtype in _INTEGERS:
+        tensor = tensor.to(torch.int32)
+    return array(function, argument, tensor)
+
+
 def float32_array(function: str, argument: str, tensor: Tensor) -> Array:
     """What is used as float32 whatever floating type it has; on a GPU it is rounded here."""
     if not on_host(tensor) and tensor.dtype in _ROUNDED:

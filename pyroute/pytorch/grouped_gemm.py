@@ -7,27 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._check import type_error
+from .._check import type_error, value_error
 from ..grouped_gemm import grouped_gemm as core_gemm
 from ..grouped_gemm import grouped_gemm_dgrad as core_dgrad
 from ..grouped_gemm import grouped_gemm_wgrad as core_wgrad
 from ._library import define, goes_direct
-from ._tensors import NUMPY_DTYPES, array, check_tensors, tensor
+from ._tensors import NUMPY_DTYPES, array, check_tensors, int32_array, tensor
 from .quantization import Fp8Tensor, fp8_array
 
 Operand = Any  # a Tensor or an Fp8Tensor
 
 
 def grouped_gemm(
-    a: Operand, b: Operand, expert_offsets: Tensor, *, out_dtype: torch.dtype | None = None, transposed: bool = False
-) -> Tensor:
+    a: Operand, b: Operand, expert_offsets: Tensor | None = None, *, tokens_per_expert: Tensor | None = None,
+    out_dtype: torch.dtype | None = None, transposed: bool = False,
+) -> Tensor:  # fmt: skip
     """:func:`pyroute.grouped_gemm`: ``out[r] = b[e] @ a[r]`` for every row r of expert e's segment.
 
     Parameters
     ----------
-    a : float32, bfloat16 or Fp8Tensor [R, K]
+    a : float32, bfloat16 or Fp8Tensor [R, K], or [E, M, K] with tokens_per_expert
     b : float32, bfloat16 or Fp8Tensor [E, N, K]
     expert_offsets : int32 or int64 [E + 1]
+    tokens_per_expert : integer [E], optional
+        In place of ``expert_offsets``: expert e owns the first ``tokens_per_expert[e]`` rows of ``a[e]``, and no more
+        of the result [E, M, N] is written. For decoding in a CUDA graph; it has no gradient.
     out_dtype : float32 or bfloat16, optional
         By default float32 if ``a`` or ``b`` is float32, else bfloat16.
     transposed : bool
@@ -35,13 +39,26 @@ def grouped_gemm(
 
     Returns
     -------
-    [R, N]
+    [R, N], or [E, M, N]
         Rows past the last offset are zero. Gradients of every order reach the operands that are not FP8: those of ``b``
         are summed in float32 and rounded once to its type. Under autocast float32 operands are cast as in
         ``torch.nn.functional``.
     """
     a, a_scales, a_block = _parts(a)
     b, b_scales, b_block = _parts(b)
+    if tokens_per_expert is not None:
+        if transposed or expert_offsets is not None:
+            other = "transposed=True" if transposed else "expert_offsets"
+            raise value_error("grouped_gemm", "tokens_per_expert", f"None together with {other}", "a tensor")
+        masked = (a, a_scales, a_block, b, b_scales, b_block, tokens_per_expert, out_dtype)
+        if goes_direct(a, a_scales, b, b_scales, tokens_per_expert):
+            return _masked_kernel(*masked)
+        check_tensors(
+            "grouped_gemm", "a", a=a, a_scales=a_scales, b=b, b_scales=b_scales, tokens_per_expert=tokens_per_expert
+        )
+        return _grouped_gemm_masked(*masked)
+    if expert_offsets is None:
+        raise type_error("grouped_gemm", "expert_offsets", "a tensor", "None")
     if transposed:
         return _times_transposed(a, a_scales, b, b_scales, b_block, expert_offsets, out_dtype)
     given = (a, a_scales, a_block, b, b_scales, b_block, expert_offsets, out_dtype)
@@ -135,6 +152,27 @@ def _gemm_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_a, None, None, grad_b, None, None, None, None
 
 
+def _masked_kernel(
+    a: Tensor, a_scales: Tensor | None, a_block: Any, b: Tensor, b_scales: Tensor | None, b_block: Any,
+    tokens_per_expert: Tensor, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    function = "grouped_gemm"
+    left, right = _operand(function, "a", a, a_scales, a_block), _operand(function, "b", b, b_scales, b_block)
+    counts = int32_array(function, "tokens_per_expert", tokens_per_expert)
+    return tensor(core_gemm(left, right, tokens_per_expert=counts, out_dtype=_numpy_dtype(function, out_dtype)))
+
+
+def _masked_fake(
+    a: Tensor, a_scales: Tensor | None, a_block: Any, b: Tensor, b_scales: Tensor | None, b_block: Any,
+    tokens_per_expert: Tensor, out_dtype: torch.dtype | None,
+) -> Tensor:  # fmt: skip
+    check_tensors(
+        "grouped_gemm", "a", a=a, a_scales=a_scales, b=b, b_scales=b_scales, tokens_per_expert=tokens_per_expert
+    )
+    shape = (*a.shape[:2], b.shape[1])
+    return a.new_empty(shape, dtype=out_dtype or _default_dtype(a, a_scales, b, b_scales))
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
@@ -215,5 +253,12 @@ _grouped_gemm = define(
     _gemm_fake,
     backward=_gemm_grad,
     save=_gemm_save,
+    autocast=_autocast,
+)
+_grouped_gemm_masked = define(
+    "grouped_gemm_masked(Tensor a, Tensor? a_scales, int[2] a_block, Tensor b, Tensor? b_scales, int[2] b_block, "
+    "Tensor tokens_per_expert, ScalarType? out_dtype) -> Tensor",
+    _masked_kernel,
+    _masked_fake,
     autocast=_autocast,
 )

@@ -51,7 +51,7 @@ def test_products_without_tensor_cores(monkeypatch):
     assert run(monkeypatch, "gemm fp8", "wgrad fp8") == 2
 
 
-@pytest.mark.parametrize("shape", ["fp8_128_pair", "fp8_192", "fp8_192_pair"])
+@pytest.mark.parametrize("shape", ["fp8_128_overlap", "fp8_128_pair", "fp8_192", "fp8_192_pair"])
 @SEEDS
 def test_shapes_of_hopper_products(shape, seed, monkeypatch, rng):
     """Two blocks share tiles, and signal into each other."""

@@ -101,6 +101,16 @@ def test_ids(function, value, dtype, checked):
     assert said == f"ValueError: {function}: {argument}[3, 1] must be in 0..3, or -1 for not routed, got {value}"
 
 
+@pytest.mark.parametrize("value", [T + 1, -1, 2**31 - 1])
+def test_tokens_per_expert(value, checked):
+    def masked(put, counts):
+        a, b = np.ones((E, T, H), np.float32), np.ones((E, H, H), np.float32)
+        return pyroute.grouped_gemm(put(a), put(b), tokens_per_expert=put(counts))
+
+    said = refused_alike(masked, spoiled(np.full(E, T, np.int32), 2, value))
+    assert said == f"ValueError: grouped_gemm: tokens_per_expert[2] must be in 0..6 (rows of an expert), got {value}"
+
+
 @pytest.mark.parametrize("function", BY_OFFSET)
 @pytest.mark.parametrize("offsets", [[0, 2, 1, 4, 6], [1, 2, 3, 4, 6], [0, 2, 3, 4, 7], [0, 2, 3, 4, 2**62]])
 def test_offsets(function, offsets, checked):

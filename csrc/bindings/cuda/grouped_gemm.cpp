@@ -27,17 +27,24 @@ GemmOperand operand(const OperandTuple &tuple) {
 }
 bool restarts(const OperandTuple &tuple) { return std::get<6>(tuple); }
 
-GroupedGemmArgs forward_args(const OperandTuple &a, const OperandTuple &b, uintptr_t expert_offsets, uintptr_t out,
-                             int out_type, int64_t num_rows, int64_t num_experts, int64_t n, int64_t k) {
-    return {operand(a),
-            operand(b),
-            pointer<const int64_t>(expert_offsets),
-            pointer<void>(out),
-            static_cast<ElementType>(out_type),
-            num_rows,
-            num_experts,
-            n,
-            k};
+// (address of expert_offsets, or of tokens_per_expert and the rows of an expert; rows; experts, N, K)
+using RowsTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+GroupedGemmArgs forward_args(const OperandTuple &a, const OperandTuple &b, const RowsTuple &rows, uintptr_t out,
+                             int out_type) {
+    GroupedGemmArgs args = {};
+    args.a = operand(a);
+    args.b = operand(b);
+    args.out = pointer<void>(out);
+    args.out_type = static_cast<ElementType>(out_type);
+    args.expert_offsets = pointer<const int64_t>(std::get<0>(rows));
+    args.tokens_per_expert = pointer<const int32_t>(std::get<1>(rows));
+    args.rows_per_expert = std::get<2>(rows);
+    args.num_rows = std::get<3>(rows);
+    args.num_experts = std::get<4>(rows);
+    args.n = std::get<5>(rows);
+    args.k = std::get<6>(rows);
+    return args;
 }
 
 GroupedGemmWgradArgs wgrad_args(const OperandTuple &grad_out, const OperandTuple &a, uintptr_t expert_offsets,
@@ -51,25 +58,23 @@ GroupedGemmWgradArgs wgrad_args(const OperandTuple &grad_out, const OperandTuple
 } // namespace
 
 void bind_grouped_gemm(py::module_ &module) {
-    module.def("grouped_gemm_workspace", [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b,
-                                            int out_type, int64_t num_rows, int64_t num_experts, int64_t n, int64_t k,
-                                            bool transposed, uintptr_t b_transposed) {
-        return grouped_gemm_workspace(stream_of(device, stream),
-                                      forward_args(a, b, 0, 0, out_type, num_rows, num_experts, n, k), transposed,
-                                      pointer<const uint8_t>(b_transposed));
-    });
-    module.def("grouped_gemm", [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b,
-                                  uintptr_t expert_offsets, uintptr_t out, int out_type, int64_t num_rows,
-                                  int64_t num_experts, int64_t n, int64_t k, bool transposed, uintptr_t b_transposed,
-                                  uintptr_t workspace) {
-        const GroupedGemmArgs args = forward_args(a, b, expert_offsets, out, out_type, num_rows, num_experts, n, k);
-        const Stream on = stream_of(device, stream);
-        if (transposed)
-            grouped_gemm_dgrad(on, args, {restarts(a), false}, pointer<const uint8_t>(b_transposed),
-                               pointer<void>(workspace));
-        else
-            grouped_gemm(on, args, {restarts(a), false}, pointer<void>(workspace));
-    });
+    module.def("grouped_gemm_workspace",
+               [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b, const RowsTuple &rows,
+                  int out_type, bool transposed, uintptr_t b_transposed) {
+                   return grouped_gemm_workspace(stream_of(device, stream), forward_args(a, b, rows, 0, out_type),
+                                                 transposed, pointer<const uint8_t>(b_transposed));
+               });
+    module.def("grouped_gemm",
+               [](int device, uintptr_t stream, const OperandTuple &a, const OperandTuple &b, const RowsTuple &rows,
+                  int out_type, bool transposed, uintptr_t b_transposed, uintptr_t out, uintptr_t workspace) {
+                   const GroupedGemmArgs args = forward_args(a, b, rows, out, out_type);
+                   const Stream on = stream_of(device, stream);
+                   if (transposed)
+                       grouped_gemm_dgrad(on, args, {restarts(a), false}, pointer<const uint8_t>(b_transposed),
+                                          pointer<void>(workspace));
+                   else
+                       grouped_gemm(on, args, {restarts(a), false}, pointer<void>(workspace));
+               });
     module.def("grouped_gemm_wants_transposed",
                [](int device, const OperandTuple &b, int64_t num_experts, int64_t n, int64_t k) {
                    return grouped_gemm_wants_transposed(device, operand(b), num_experts, n, k);

@@ -48,9 +48,11 @@ struct ProductKernel {
 
 #define PYROUTE_PRODUCT(shape) {#shape "_product", shape}
 
-// The bytes do not depend on the tile: 64 rows where experts have few, as half of 128 would be multiplied for nothing.
+// The bytes do not depend on the tile: 64 rows where experts have few (the masked layout is for that), as half of 128
+// would be multiplied for nothing.
 ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
-    const bool few = args.num_rows <= 64 * args.num_experts, f32 = args.out_type == ElementType::float32;
+    const bool few = args.tokens_per_expert || args.num_rows <= 64 * args.num_experts;
+    const bool f32 = args.out_type == ElementType::float32;
     if (args.a.type == ElementType::e5m2) {
         if (few)
             return f32 ? ProductKernel PYROUTE_PRODUCT(e5m2_64_f32) : ProductKernel PYROUTE_PRODUCT(e5m2_64);
@@ -167,8 +169,7 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     const ProductShape &shape = kernel.shape;
     const int64_t depth = transposed ? args.n : args.k, cols = transposed ? args.k : args.n;
     Cutter cutter(workspace);
-    const GemmPlan plan =
-        make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, shape.rows, {nullptr, nullptr});
+    const GemmPlan plan = make_plan(stream, cutter, rows_of(args), shape.rows, {nullptr, nullptr});
     ProductArgs product = {};
     product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, depth, shape.rows / shape.cluster);
     if (transposed && shape.fp8())
@@ -239,8 +240,7 @@ void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, 
     const bool e5m2 = args.grad_out.type == ElementType::e5m2;
     const WgradShape &shape = e5m2 ? e5m2_wgrad : fp8 ? fp8_wgrad : bf16_wgrad;
     Cutter cutter(workspace);
-    const GemmPlan plan = make_plan(stream, cutter, args.expert_offsets, args.num_rows, args.num_experts, fp8 ? 128 : 0,
-                                    {nullptr, nullptr});
+    const GemmPlan plan = make_plan(stream, cutter, rows_of(args), fp8 ? 128 : 0, {nullptr, nullptr});
     WgradArgs product = {};
     if (fp8) {
         product.grad_out = transposed_rows(stream, cutter, plan, args, args.grad_out, args.n);
