@@ -530,7 +530,7 @@ def test_the_gating_unpacks_as_a_triple(floor, rng):
     assert isinstance(gating, pyroute.Gating)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 6, 8, 9, 16, 17, 32, 33])
+@pytest.mark.parametrize("top_k", [1, 2, 6, 8, 9, 16, 17, 32, 33, 95, 97])
 @pytest.mark.parametrize("num_experts", [2, 7, 8, 16, 60, 100, 384, 1024])
 def test_choices_are_a_stable_sort_whatever_the_shortlist(cpu_floor, rng, num_experts, top_k):
     """Ties beyond the shortlist's room, sorted rows, rows that are mostly -inf, rows with NaN: ids of a stable sort."""
