@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import deep_ep_stand_in
 import torch
 import torch.distributed as dist
 from expert_parallel_ranks import Batch, Case, Collectives, batch, same, step, whole_layer
@@ -181,3 +183,42 @@ def initial_weights() -> list[Any]:
     dist.all_gather_object(every, layer.down_proj.detach())
     weights: list[Any] = torch.cat(every).tolist()
     return weights
+
+
+def through_deep_ep(top_k: int, payload: str | None) -> float:
+    """The largest difference to the other transport, relative; none at all where a token has one expert."""
+    sys.modules["deep_ep"] = deep_ep_stand_in
+    generator = torch.Generator().manual_seed(8)
+    case = CASE._replace(top_k=top_k, dtype="bfloat16", routes="holes")
+    whole = GroupedExperts(6, 128, 24, dtype=torch.bfloat16)
+    given = batch(case, generator)
+    x, grad = (torch.randn(24, 128, generator=generator).bfloat16() for _ in range(2))
+    given = given._replace(x=x, grad=grad)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    start = sum(case.tokens[: dist.get_rank()])
+    mine = slice(start, start + case.tokens[dist.get_rank()])
+    options = {"payload": payload, "placement": [0, 1, 2, 3, 4, 5, 0, 1] if dist.get_world_size() == 4 else None}
+    expected = step(ExpertParallel.from_experts(whole, **options), given, mine)
+    got = step(ExpertParallel.from_experts(whole, transport="deep_ep", **options), given, mine)
+    worst = 0.0
+    for name, value in expected.items():
+        if top_k == 1:
+            same(name, got[name], value)
+        elif value.numel():
+            worst = max(worst, float((got[name].float() - value.float()).norm() / value.float().norm()))
+    return worst
+
+
+def refused_by_deep_ep(options: dict[str, Any], installed: bool) -> str:
+    if installed:
+        sys.modules["deep_ep"] = deep_ep_stand_in
+    given: dict[str, Any] = {"num_experts": 8, "hidden_size": 64, "dtype": torch.bfloat16} | options
+    dtype = given.pop("x", torch.bfloat16)
+    try:
+        layer = ExpertParallel(given.pop("num_experts"), given.pop("hidden_size"), 8, transport="deep_ep", **given)
+        layer(torch.ones(2, 64, dtype=dtype), torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1))
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return ""

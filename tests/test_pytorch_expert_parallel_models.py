@@ -64,3 +64,29 @@ def test_without_torch_distributed_it_is_grouped_experts():
     set_precision(whole, "fp8")
     assert torch.equal(copy.deepcopy(layer)(x, ids, weights), whole(x, ids, weights))
     assert "slots 5 of 5, rank 0 of 1" in repr(layer)
+
+
+@pytest.mark.parametrize(("world", "top_k", "payload"), [(2, 1, None), (4, 1, "fp8"), (2, 3, None), (4, 2, "fp8")])
+def test_deep_ep(world, top_k, payload, tmp_path):
+    """One expert per token: the bytes of the other transport. Else two roundings to bfloat16 more in every element."""
+    for worst in values(run_ranks(world, models.through_deep_ep, top_k, payload, store=tmp_path / "store")):
+        assert worst <= 2**-7
+
+
+@pytest.mark.parametrize(
+    ("options", "installed", "message"),
+    [
+        ({}, False, "transport 'deep_ep' needs the package deep_ep, which does not import: No module named 'deep_ep'"),
+        (
+            {"num_experts": 7},
+            True,
+            "transport must be 'torch' without a group, and where ranks differ in their number of",
+        ),
+        ({"payload": "fp8_ue8m0"}, True, "payload must be None with transport 'deep_ep', or 'fp8' for a hidden size"),
+        ({"payload": "fp8"}, True, "payload must be None with transport 'deep_ep', or 'fp8' for a hidden size"),
+        ({"x": torch.float32}, True, "x must be bfloat16 with transport 'deep_ep', got float32 [2, 64]"),
+    ],
+)
+def test_what_deep_ep_cannot_do_is_refused(options, installed, message, tmp_path):
+    for error in values(run_ranks(2, models.refused_by_deep_ep, options, installed, store=tmp_path / "store")):
+        assert f"ExpertParallel: {message}" in error

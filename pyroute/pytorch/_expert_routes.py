@@ -63,7 +63,7 @@ class Route(NamedTuple):
     def of(cls, topk_idx: Tensor, maps: SlotMaps, once_per_rank: bool) -> Route:
         """``once_per_rank``: a token goes to a rank once, however many of its experts are there."""
         routed = topk_idx >= 0
-        slot = _slots(topk_idx, maps)
+        slot = slots_of(topk_idx, maps)
         rank = torch.where(routed, maps.slot_to_rank[slot], -1)
         local = torch.where(routed, slot.to(torch.int32) - maps.first_of_slot[slot], -1)
         slots = plan_routes(rank, maps.num_ranks)
@@ -134,7 +134,7 @@ def _in_order(place: Tensor, values: Tensor, count: int) -> Tensor:
     return result[:count, None]
 
 
-def _slots(topk_idx: Tensor, maps: SlotMaps) -> Tensor:
+def slots_of(topk_idx: Tensor, maps: SlotMaps) -> Tensor:
     """int64 [T, k]: the slot that serves each route; any where it is -1.
 
     A rank's tokens take an expert's replicas in turn, the first token a replica that depends on the rank.

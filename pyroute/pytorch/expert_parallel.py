@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from . import _deep_ep as deep_ep
 from . import _expert_parallel_plan as agreement
 from ._expert_exchange import Header, Ranks, refuse
 from ._expert_parallel_step import FromExperts, LayerOptions, Step, ToExperts
 from ._expert_payload import SCALE_FORMATS, Payload
-from ._expert_routes import Route, SlotMaps
+from ._expert_routes import Route, SlotMaps, slots_of
 from ._replica_gradients import sum_over_replicas
 from ._tensors import describe, on, on_host
 from .experts import GroupedExperts
@@ -71,6 +72,8 @@ class ExpertParallel(GroupedExperts):
             _check.one_of(NAME, "payload", payload, (None, *SCALE_FORMATS))
             _check.one_of(NAME, "transport", transport, ("torch", "deep_ep"))
             slots = agreement.slots_of(NAME, placement, num_experts, ranks.size)
+            if transport == "deep_ep":
+                deep_ep.check(NAME, found, slots, payload, hidden_size)
             super().__init__(len(slots.of_rank(ranks.rank)), hidden_size, intermediate_size, **options)
             config = self._config(num_experts, slots, payload, transport)
         except (TypeError, ValueError) as caught:
@@ -149,6 +152,9 @@ class ExpertParallel(GroupedExperts):
         -------
         [T, hidden_size] of x's type
         """
+        if self.transport == "deep_ep":
+            y = self._through_deep_ep(x, topk_idx, topk_weights)
+            return y if shared is None else y + shared(x)
         x, params = self._operands(x)
         try:
             route = self._route(x, topk_idx, topk_weights)
@@ -203,7 +209,22 @@ class ExpertParallel(GroupedExperts):
             params[wide:] = [autocast_float(dtype, p) for p in params[wide:]]
         return x, params
 
+    def _through_deep_ep(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
+        ids = self._checked_ids(x, topk_idx, topk_weights)
+        if x.dtype != torch.bfloat16:
+            raise _check.type_error(NAME, "x", "bfloat16 with transport 'deep_ep'", describe(x))
+        slots = torch.where(ids >= 0, slots_of(ids, self._maps[x.device]), -1)
+        group, num_slots = self._ranks.group, len(self._slots.slot_to_expert)
+        assert group is not None
+        weights = topk_weights.to(torch.float32)
+        return deep_ep.through_deep_ep(group, super().forward, x, slots, weights, num_slots, self.payload)
+
     def _route(self, x: Any, topk_idx: Any, topk_weights: Any) -> Route:
+        ids = self._checked_ids(x, topk_idx, topk_weights)
+        return Route.of(ids, self._maps[x.device], once_per_rank=self.weight_on != "input")
+
+    def _checked_ids(self, x: Any, topk_idx: Any, topk_weights: Any) -> Tensor:
+        """``topk_idx``, in which a device's ids outside the experts are not routed."""
         device = self.down_proj.device
         for name, given in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights)):
             if not isinstance(given, Tensor) or given.dim() != 2 or given.device != device:
@@ -229,7 +250,7 @@ class ExpertParallel(GroupedExperts):
         elif outside.any():
             other = int(topk_idx[outside][0])
             raise _check.value_error(NAME, "topk_idx", f"-1 or in 0..{self.num_experts - 1}", other)
-        return Route.of(topk_idx, self._maps[device], once_per_rank=self.weight_on != "input")
+        return topk_idx
 
     def extra_repr(self) -> str:
         held = f"slots {len(self.local_experts)} of {len(self._slots.slot_to_expert)}"
