@@ -153,8 +153,8 @@ class ExpertParallel(GroupedExperts):
         [T, hidden_size] of x's type
         """
         if self.transport == "deep_ep":
-            y = self._through_deep_ep(x, topk_idx, topk_weights)
-            return y if shared is None else y + shared(x)
+            routed = self._through_deep_ep(x, topk_idx, topk_weights)
+            return routed if shared is None else routed + shared(x)
         x, params = self._operands(x)
         try:
             route = self._route(x, topk_idx, topk_weights)
