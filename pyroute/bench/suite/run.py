@@ -23,6 +23,7 @@ from ..terminal import Steps, UsageError, progress, report_console, write_json
 from . import alone, bars, changes, harness, models, options, page, peers, records, report, scaling, shapes
 from .peers.ours import set_threads
 
+MEMORY = 3 << 30  # of a model's weights in float32
 QUICK_PAUSE = 0.01  # of harness.PAUSE_SECONDS: whether it runs, not how fast
 
 
@@ -54,7 +55,7 @@ def run_case(
                 cell = harness.prepare(problem, peer, column, args.threads)
                 cells += [cell] if cell else []
         step(f"{problem.op} {problem.case}: timing", begins=False)
-        limits.append(machine_limits(args))
+        limits.append(machine_limits(args, after=False))
         harness.sample(cells, args.threads, args.rounds, cold=args.cold, pause=QUICK_PAUSE if args.quick else None)
         limits.append(machine_limits(args))
         for peer in everyone:
@@ -84,12 +85,11 @@ def wanted_columns(peer: peers.Peer, op: str, names: str) -> list[peers.Column]:
     ]
 
 
-def machine_limits(args: argparse.Namespace) -> dict[str, Any]:
-    """Measured now; in quick mode once for all, since it takes longer than a case."""
-    set_threads(args.threads)
-    if not args.quick:
-        return measure_limits(quick=True).as_dict()
-    if args.limits is None:
+def machine_limits(args: argparse.Namespace, *, after: bool = True) -> dict[str, Any]:
+    """Before a case those that were measured after the one before; in quick mode once for all, since that takes longer
+    than a case."""
+    if args.limits is None or (after and not args.quick):
+        set_threads(args.threads)
         args.limits = measure_limits(quick=True).as_dict()
     known: dict[str, Any] = args.limits
     return known
@@ -169,7 +169,7 @@ def bench(args: argparse.Namespace) -> int:
         options.check(args, rounds=7, quick_rounds=3)
     args.rows = options.some_of("OP", args.rows, options.SCALED if args.scaling else options.ROWS)
     options.load(args.load)
-    args.memory = available_memory() // 3  # of one form of the weights: peers keep their own, wider or narrower
+    args.memory = min(MEMORY, available_memory() // 3)  # peers keep their own form of the weights, wider or narrower
     args.interrupted = False
     if args.cost:
         if not args.model or args.scaling:
