@@ -105,9 +105,9 @@ def values(x: Array) -> Array | None:
         return x
     if not checks_gpu:
         return None
-    from ._device.arrays import on_host  # which imports this module
+    from ._device.arrays import host_copy  # which imports this module
 
-    return on_host(x)
+    return host_copy(x)
 
 
 def describe(x: Any) -> str:
@@ -222,7 +222,9 @@ def map_on_gpu(function: str, argument: str, entries: Array, extent: int) -> Non
 
     On the host the extension looks at every entry that it follows.
     """
-    seen = None if has_values(entries) else values(entries)
+    if not checks_gpu or has_values(entries):
+        return
+    seen = values(entries)
     if seen is None or not seen.size or (seen.min() >= -1 and seen.max() < extent):
         return
     flat = int(((seen < -1) | (seen >= extent)).argmax())

@@ -130,7 +130,7 @@ def pointer(x: Array | None) -> int:
     return x.pointer if isinstance(x, DeviceArray) else int(x.data.ptr)
 
 
-def on_host(x: Array) -> Any:
+def host_copy(x: Array) -> Any:
     """A NumPy copy, once the work queued on the current stream is done; None while that is captured into a graph."""
     from .. import _cuda
 

@@ -19,7 +19,7 @@ import tensors  # noqa: E402
 
 import pyroute  # noqa: E402
 import pyroute.pytorch as pt  # noqa: E402
-from pyroute import RouterConfig  # noqa: E402
+from pyroute import RouterConfig, _check  # noqa: E402
 from pyroute._device.arrays import DeviceArray  # noqa: E402
 from pyroute.pytorch import _fp8_weights, _tensors  # noqa: E402
 
@@ -195,6 +195,26 @@ def test_plans_have_one_shape(alignment):
         on_both(lambda i: tuple(pt.plan_routes(i, E, alignment=alignment)), ids)
         fake = pt.plan_routes(ids.to("meta"), E, alignment=alignment)
         assert [t.shape for t in fake] == [t.shape for t in pt.plan_routes(ids, E, alignment=alignment)]
+
+
+def test_values_are_looked_at_when_that_is_asked_for(monkeypatch):
+    """PYROUTE_CHECK=1: ids, and the row maps of a plan that was changed."""
+    plan, x = plan_of(alignment=4), torch.randn(T, H)
+    for field, bad, words in (
+        ("row_to_token", T, rf"permute: plan.row_to_token\[3\] must be in 0..{T - 1}, or -1, got {T}"),
+        ("token_to_row", -2, r"permute: plan.token_to_row\[1, 1\] must be in 0..\d+, or -1, got -2"),
+    ):
+        spoiled = getattr(plan, field).clone()
+        spoiled.view(-1)[3] = bad
+        with gpu():
+            given = there(x), there(plan._replace(**{field: spoiled}))
+            pt.permute(*given)  # such an entry counts as -1
+            with monkeypatch.context() as patch:
+                patch.setattr(_check, "checks_gpu", True)
+                with pytest.raises(ValueError, match=f"^{words}$"):
+                    pt.permute(*given)
+                with pytest.raises(ValueError, match=rf"topk_idx\[0, 1\] must be .*, got {E}$"):
+                    pt.plan_routes(there(torch.tensor([[0, E]])), E)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
