@@ -463,3 +463,13 @@ def test_cost_of_nothing_is_one_sentence(benches, more, capsys):
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("seconds", "samples"), [(0.1, 9), (0.5, 7), (1.1, 3), (4.0, 2), (7.0, 1)])
+def test_a_slow_column_has_fewer_samples(benches, monkeypatch, seconds, samples):
+    from pyroute.bench.suite import harness
+
+    cell = harness.Cell("one", "", "one", "float32", work=benches.Work(lambda: None), wake=False)
+    monkeypatch.setattr(harness, "_time", lambda work, calls: seconds)
+    harness.sample([cell], 1, 9, pause=0.0)
+    assert len(cell.samples) == samples

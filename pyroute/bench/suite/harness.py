@@ -24,7 +24,8 @@ PAUSE_SECONDS = 0.06
 WAKE_SECONDS = 0.01  # untimed calls after the pause: until a thread has woken a call may take a tick of the scheduler
 SAMPLE_SECONDS = 0.02  # several such ticks of 4 ms
 COLD_CALLS = 5  # of a sample with cold caches at most
-COLUMN_SECONDS = 6.0  # a column that has used this up is sampled no more, except for its first round
+COLUMN_SECONDS = 6.0  # a column that has used this up is sampled no more; with FEW samples, half of it is enough
+FEW = 3
 
 
 def no_threads(n: int) -> None:
@@ -98,7 +99,8 @@ def sample(
     ready = [cell for cell in cells if cell.work is not None]
     for i in range(rounds):
         for cell in ready[i % max(1, len(ready)) :] + ready[: i % max(1, len(ready))]:
-            if cell.work is None or (i and cell.spent > COLUMN_SECONDS):  # it failed, or has had its time
+            enough = COLUMN_SECONDS / (2 if len(cell.samples) >= FEW else 1)
+            if cell.work is None or (i and cell.spent > enough):  # it failed, or has had its time
                 continue
             _sample(cell, threads, cold, PAUSE_SECONDS if pause is None else pause)
 
