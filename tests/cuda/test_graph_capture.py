@@ -152,6 +152,39 @@ def test_a_captured_step_replays_other_routings(case):
             assert_same_bytes(a, to_host(b))
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_captured_decoding_step_replays_other_counts(quantised):
+    """The masked layout: same shapes, other rows that exist; those that do not keep what they held."""
+    room, config = 20, {"dtype": pyroute._backend.BFLOAT16, "quantised": quantised}
+    arena, rng = Arena(16 << 20), np.random.default_rng(5)
+    w = put_weight(arena, weights_of(**config)[0])
+    rows, counts = arena.put(rng.normal(size=(E, room, H)).astype(config["dtype"])), arena.put(np.zeros(E, np.int32))
+    out = arena.put(np.zeros((E, room, 2 * INNER), config["dtype"]))
+
+    def step():
+        given = pyroute.quantize_fp8(rows) if quantised else rows
+        return pyroute.grouped_gemm(given, w, tokens_per_expert=counts, out=out)
+
+    step()
+    real.call(real.driver().cuCtxSynchronize)
+    with Graph(arena) as graph:
+        step()
+    for exist in ([0, 20, 3, 1, 0, 0, 7, 19], [0] * E, [20] * E):
+        array = rng.normal(size=(E, room, H)).astype(config["dtype"])
+        held = rng.normal(size=(E, room, 2 * INNER)).astype(config["dtype"])
+        for to, what in ((rows, array), (counts, np.array(exist, np.int32)), (out, held)):
+            fill(to, what)
+        graph.launch()
+        given, eager = to_device(array), to_device(held)
+        pyroute.grouped_gemm(
+            pyroute.quantize_fp8(given) if quantised else given, put_weight(EAGER, weights_of(**config)[0]),
+            tokens_per_expert=to_device(np.array(exist, np.int32)), out=eager,
+        )  # fmt: skip
+        assert_same_bytes(to_host(out), to_host(eager))
+        for e, count in enumerate(exist):
+            assert_same_bytes(to_host(out)[e, count:], held[e, count:])
+
+
 class Eager:
     put = staticmethod(to_device)
 
