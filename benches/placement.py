@@ -2,8 +2,8 @@
 
     python benches/placement.py FOLDER [--record]
 
-FOLDER holds the eplb.py of github.com/deepseek-ai/EPLB, which is no package; it needs torch. Times are taken in turns in
-one process; every layer's largest device load is compared. ``--record`` adds lines to benches/results.
+FOLDER holds the eplb.py of github.com/deepseek-ai/EPLB, which is no package; it needs torch. Times are taken in turns
+in one process; every layer's largest device load is compared. ``--record`` adds lines to benches/results.
 """
 
 from __future__ import annotations

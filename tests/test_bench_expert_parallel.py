@@ -15,7 +15,7 @@ def measure() -> dict:
     from pyroute.pytorch._expert_exchange import Ranks
 
     before = Ranks.all_to_all
-    found = expert_parallel.run(((8, 64),), 3, ((2**10, 2**14), (2**12, 2**16)))
+    found = expert_parallel.run(((8, 64),), 3, (2**10, 2**14, 2**16))
     assert Ranks.all_to_all is before
     return found
 
@@ -25,9 +25,7 @@ def predict_by_hand() -> dict:
     from pyroute.bench import expert_parallel
     from pyroute.scaling import Link
 
-    links = [Link(1e6, 0.5), Link(1e3, 0.25)]
-    few, many = (expert_parallel.predict(links, tokens, 1024, None, np.ones(16)) for tokens in (10, 4096))
-    return {"few": few, "many": many}
+    return expert_parallel.predict(Link(1e6, 0.5), 10, 1024, None, np.ones(16))
 
 
 def test_two_ranks_measure_and_predict(tmp_path):
@@ -36,7 +34,7 @@ def test_two_ranks_measure_and_predict(tmp_path):
     assert [entry["payload"] for entry in found[0]["lines"]] == [None, "fp8"]
     assert found[0]["world"] == 2
     assert found[0]["latency"] >= 0
-    assert all(bandwidth > 0 for bandwidth in found[0]["bandwidth"])
+    assert found[0]["bandwidth"] > 0
     for name in ("dispatch", "combine"):
         assert line["measured"][name] > 0
         assert line["measured"][name] == found[1]["lines"][0]["measured"][name]
@@ -48,11 +46,8 @@ def test_the_prediction_by_hand(tmp_path):
     assert found == other
     reached = 1 - 8 * 7 * 6 * 5 / (16 * 15 * 14 * 13)
     dispatch, combine = 10 * reached * (4096 + 32), 10 * 2 * 4096
-    assert found["few"]["dispatch"] == pytest.approx(3 * 0.5 + dispatch / 1e6)
-    assert found["few"]["combine"] == pytest.approx(0.5 + combine / 1e6)
-    combine = 4096 * 2 * 4096  # of 64 MiB that a rank gets, half from the other: the second link
-    assert found["many"]["combine"] == pytest.approx(0.25 + combine / 1e3)
-    assert found["many"]["dispatch"] == pytest.approx(3 * 0.5 + 4096 * reached * (4096 + 32) / 1e6)
+    assert found["dispatch"] == pytest.approx(3 * 0.5 + dispatch / 1e6)  # with headers and routes
+    assert found["combine"] == pytest.approx(0.5 + combine / 1e6)
 
 
 def test_without_torchrun_it_says_what_is_missing(monkeypatch, capsys):

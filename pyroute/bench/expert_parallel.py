@@ -22,21 +22,19 @@ from ..placement import place_experts
 from ..pytorch import ExpertParallel
 from ..pytorch._expert_exchange import Arriving, Ranks
 from ..router_config import RouterConfig
-from ..scaling import Cluster, Layer, Link, layer_time, layer_traffic
+from ..scaling import Cluster, Layer, Link, layer_time
 from .terminal import UsageError, duration, report_console, show_table, show_text, write_json
 
 EXPERTS, TOP_K, INTERMEDIATE = 16, 4, 8  # narrow experts: their products are not what is measured
 SIZES = ((16, 1024), (256, 1024), (1024, 1024), (1024, 4096), (4096, 1024))  # tokens of a rank, hidden
-# bytes that a rank receives; what is larger than 32 MiB glibc maps anew every time, and every page of it faults
-PROBES = ((2**12, 2**14, 2**16, 2**18, 2**20, 2**22, 2**24), (40 << 20, 64 << 20, 96 << 20))
-MAPPED = 32 << 20
+PROBES = tuple(2**n for n in range(12, 27, 2))  # bytes that a rank receives
 ROUNDS = 9
 THERE = ("the exchange of headers", "the dispatch of routes", "the dispatch of tokens")
 BACK = "the combine of results"
 
 
 def measure_link(rounds: int, probes: tuple[int, ...]) -> Link:
-    """Of this group's ``all_to_all_single`` into fresh memory, as the layer has it: the line nearest in proportion."""
+    """Of this group's ``all_to_all_single``, with the memory that the layer has: the line nearest in proportion."""
     world = dist.get_world_size()
     times = []
     for size in [probe // world for probe in probes]:
@@ -106,48 +104,38 @@ def _of_the_last(seconds: list[float]) -> float:
     return float(found.median())
 
 
-def predict(links: list[Link], tokens: int, hidden: int, payload: Any, loads: Any) -> dict[str, float]:
-    """What the model says, for ranks as the devices of one node; the second link is of large exchanges."""
+def predict(link: Link, tokens: int, hidden: int, payload: Any, loads: Any) -> dict[str, float]:
+    """What the model says, for ranks as the devices of one node."""
     world, wire = dist.get_world_size(), 4.0 if payload is None else 1 + 4 / 128
     layer = Layer(RouterConfig(EXPERTS, TOP_K), hidden, INTERMEDIATE, tokens, "device", wire, 4.0, back="expert")
-    plan, loads = place_experts(np.ones(EXPERTS), world), np.asarray(loads)
-    clusters = [Cluster(1, world, link, link, 1e12) for link in links]
-    times = [layer_time(cluster, layer, plan, loads) for cluster in clusters]
-    received = {
-        "dispatch": tokens * layer_traffic(clusters[0], layer, plan, loads).devices_per_token * hidden * wire,
-        "combine": tokens * TOP_K * hidden * 4.0,
-    }
-    found = {name: getattr(times[size > MAPPED], name) for name, size in received.items()}
-    found["dispatch"] += 2 * links[0].latency  # headers and routes are exchanges of their own, of few bytes
-    return found
+    cluster, plan = Cluster(1, world, link, link, 1e12), place_experts(np.ones(EXPERTS), world)
+    found = layer_time(cluster, layer, plan, np.asarray(loads))
+    # headers and routes are exchanges of their own, of few bytes
+    return {"dispatch": found.dispatch + 2 * link.latency, "combine": found.combine}
 
 
-def _mean(a: Link, b: Link) -> Link:
-    return Link(2 / (1 / a.bandwidth + 1 / b.bandwidth), (a.latency + b.latency) / 2, a.source)
-
-
-def run(sizes: Any = SIZES, rounds: int = ROUNDS, probes: Any = PROBES) -> dict[str, Any]:
+def run(sizes: Any = SIZES, rounds: int = ROUNDS, probes: tuple[int, ...] = PROBES) -> dict[str, Any]:
     """Both, for every size and payload; the same on every rank."""
     cases = [(*size, payload) for size in sizes for payload in (None, "fp8")]
-    before = [measure_link(rounds, some) for some in probes]
+    before = measure_link(rounds, probes)
     measured = [measure_layer(tokens, hidden, payload, rounds) for tokens, hidden, payload in cases]
-    after = [measure_link(rounds, some) for some in probes]
-    links = [_mean(*pair) for pair in zip(before, after, strict=True)]  # a shared machine is not the same for long
+    after = measure_link(rounds, probes)  # a shared machine is not the same for long: the mean of both
+    bandwidth = 2 / (1 / before.bandwidth + 1 / after.bandwidth)
+    link = Link(bandwidth, (before.latency + after.latency) / 2, before.source)
     lines = [
         {"tokens": tokens, "hidden": hidden, "payload": payload, "measured": seconds,
-         "predicted": predict(links, tokens, hidden, payload, loads)}
+         "predicted": predict(link, tokens, hidden, payload, loads)}
         for (tokens, hidden, payload), (seconds, loads) in zip(cases, measured, strict=True)
     ]  # fmt: skip
     return {
-        "world": dist.get_world_size(), "backend": dist.get_backend(), "bandwidth": [link.bandwidth for link in links],
-        "latency": links[0].latency, "torch": torch.__version__, "lines": lines,
+        "world": dist.get_world_size(), "backend": dist.get_backend(), "bandwidth": link.bandwidth,
+        "latency": link.latency, "torch": torch.__version__, "lines": lines,
     }  # fmt: skip
 
 
 def show(console: Any, report: dict[str, Any]) -> None:
     console.print(f"[head]Expert parallelism[/]  {report['world']} ranks, {report['backend']}")
-    small, large = (f"{bandwidth / 1e9:.2f} GB/s" for bandwidth in report["bandwidth"])
-    text = f"all_to_all_single of bytes: {duration(report['latency'])} and {small}, beyond 32 MiB {large}"
+    text = f"all_to_all_single of bytes: {duration(report['latency'])} and {report['bandwidth'] / 1e9:.2f} GB/s"
     show_text(console, f"{text}, measured before and after", indent=2)
     rows = []
     for line in report["lines"]:
@@ -175,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     dist.init_process_group("gloo")
     try:
         set_num_threads(torch.get_num_threads())
-        report = run(SIZES[:1], 3, (PROBES[0][:4], PROBES[0][:4])) if args.quick else run()
+        report = run(SIZES[:1], 3, PROBES[:4]) if args.quick else run()
         if dist.get_rank() == 0:
             if args.json:
                 write_json(report, args.json)
