@@ -473,3 +473,20 @@ def test_a_slow_column_has_fewer_samples(benches, monkeypatch, seconds, samples)
     monkeypatch.setattr(harness, "_time", lambda work, calls: seconds)
     harness.sample([cell], 1, 9, pause=0.0)
     assert len(cell.samples) == samples
+
+
+def test_caches_are_emptied_with_everybodys_threads_asleep(benches, monkeypatch):
+    """Read by pyroute's own threads, pyroute's alone would be awake for what follows."""
+    from types import SimpleNamespace
+
+    from pyroute.bench.suite import harness
+
+    order = []
+    core = SimpleNamespace(probe_read=lambda memory, threads: order.append((memory.nbytes, threads)))
+    monkeypatch.setattr(harness, "_backend", SimpleNamespace(HAS_CORE=True, core=core))
+    monkeypatch.setattr(harness, "_evictor", lambda: np.zeros(1 << 10, np.uint8))
+    cell = harness.Cell(
+        "one", "", "one", "float32", work=benches.Work(lambda: order.append("call")), wake=False, calls=9
+    )
+    harness.sample([cell], 2, 1, cold=True, pause=0.0)
+    assert order == [(1 << 10, 1), "call"] * harness.COLD_CALLS

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
-import pyroute
 from pyroute import _backend
 
 from .peers import Column, Peer, Work, reason
@@ -165,8 +164,9 @@ def _evictor() -> np.ndarray:
 
 
 def _evict() -> None:
-    """Read more than any last cache holds; with all threads, so that they are awake for what follows."""
+    """Read more than any last cache holds; on one thread, so that nobody's others are awake for what follows: read by
+    pyroute's threads, they alone were, and ggml took nine times pyroute's time for a token."""
     if _backend.HAS_CORE:
-        _backend.core.probe_read(_evictor(), pyroute.get_num_threads())
+        _backend.core.probe_read(_evictor(), 1)
     else:
         _evictor().max()
