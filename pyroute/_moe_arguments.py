@@ -44,7 +44,6 @@ class Layer(NamedTuple):
     scale_format: ScaleFormat | None  # of quantised activations
     quantize_gradients: bool
     backend: str
-    x_fp8: Fp8Array | None = None  # what the first GEMM reads of x, where that came quantised
 
     @property
     def gradient_format(self) -> ScaleFormat | None:
@@ -129,23 +128,6 @@ def _scale_format(function: str, quantize_activations: Any) -> ScaleFormat | Non
     if isinstance(chosen, bool):
         return "float32" if chosen else None
     return chosen
-
-
-def check_x_fp8(function: str, x_fp8: Any, layer: Layer) -> Fp8Array | None:
-    """x as it was quantised elsewhere."""
-    if x_fp8 is None:
-        return None
-    if not isinstance(x_fp8, Fp8Array):
-        raise _check.type_error(function, "x_fp8", "an Fp8Array", _check.describe(x_fp8))
-    if layer.scale_format is None or layer.weight_on == "input":
-        expected = "None without quantize_activations, and with weights on the input"
-        raise _check.value_error(function, "x_fp8", expected, _check.describe(x_fp8))
-    got = (x_fp8.format, x_fp8.block, tuple(x_fp8.shape))
-    if got != ("e4m3", (1, 128), tuple(layer.x.shape)):
-        expected = f"e4m3 in blocks of 1 x 128, {list(layer.x.shape)} as x"
-        raise _check.value_error(function, "x_fp8", expected, f"{got[0]}, {got[1]}, {list(got[2])}")
-    _backend.check_together(function, layer.x, x_fp8.codes)
-    return x_fp8
 
 
 def check_output(function: str, argument: str, out: Any, layer: Layer, inputs: tuple[Any, ...]) -> None:

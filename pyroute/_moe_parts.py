@@ -169,8 +169,6 @@ def _rows(layer: Layer, plan: RoutePlan) -> Operand:
         rows = permute(layer.x, plan, backend=on)
         rows, _ = unpermute_backward(layer.x, rows, plan, layer.topk_weights, backend=on)
         return rows if scale_format is None else quantize_fp8(rows, scale_format=scale_format, backend=on)
-    if layer.x_fp8 is not None:
-        return permute(layer.x_fp8, plan, backend=on)
     if scale_format is not None:
         return permute_quantize(layer.x, plan, scale_format=scale_format, backend=on)
     return permute(layer.x, plan, backend=on)

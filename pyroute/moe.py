@@ -8,7 +8,7 @@ from typing import Any
 from . import _backend, _check, _moe_parts
 from ._activation import Activation, activation_program
 from ._device import moe as _device
-from ._moe_arguments import Layer, MoeGradients, WeightOn, check_layer, check_output, check_x_fp8, gradient_arrays
+from ._moe_arguments import Layer, MoeGradients, WeightOn, check_layer, check_output, gradient_arrays
 from .quantization import Fp8Array, ScaleFormat
 from .route_plan import RoutePlan, plan_routes
 
@@ -70,7 +70,6 @@ def moe_forward(
     weight_on: WeightOn = "output",
     quantize_activations: bool | ScaleFormat = False,
     quantize_gradients: bool = False,
-    x_fp8: Fp8Array | None = None,
     alignment: int = 1,
     return_saved: bool = False,
     out: Any = None,
@@ -112,9 +111,6 @@ def moe_forward(
     quantize_gradients : bool
         The same for :func:`moe_backward`, which makes it that recipe for training: gradients are quantised with 1x128
         blocks before each dgrad, and both operands of each wgrad with 128x1 blocks along an expert's own rows.
-    x_fp8 : Fp8Array [num_tokens, hidden], optional
-        With quantize_activations, what the first GEMM reads in place of x: x as it was quantised elsewhere, e4m3 in
-        1x128 blocks. x still gives the type of the rows, and what weight gradients are made of.
     alignment : int
         Each expert's rows are padded to a multiple of this. Changes no result.
     return_saved : bool
@@ -145,7 +141,6 @@ def moe_forward(
         activation_program("moe_forward", activation, limit, alpha), weight_on, quantize_activations,
         quantize_gradients,
     )  # fmt: skip
-    layer = layer._replace(x_fp8=check_x_fp8("moe_forward", x_fp8, layer))
     alignment = _check.integer("moe_forward", "alignment", alignment, 1, 2**31 - 1)
     _check.one_of("moe_forward", "return_saved", return_saved, (False, True))
 
@@ -160,7 +155,7 @@ def moe_forward(
         gate_up = _backend.empty_beside(x, (plan.num_rows, layer.w_gate_up.shape[1]), x.dtype)
     y = _backend.empty_beside(x, x.shape, x.dtype) if out is None else out
     match layer.backend:
-        case "cpu" if layer.x_fp8 is None:
+        case "cpu":
             _backend.core.moe_forward(_native_layer(layer), *_native_plan(plan), gate_up, y)
         case "cuda":
             _device.forward(layer, plan, gate_up, y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from processes import run_ranks, values
 
@@ -11,6 +12,8 @@ torch = pytest.importorskip("torch")
 
 import expert_parallel_ranks as ranks  # noqa: E402
 from expert_parallel_ranks import Case  # noqa: E402
+
+from pyroute.pytorch import dequantize_fp8, quantize_fp8  # noqa: E402
 
 
 def random_case(world: int, seed: int) -> Case:
@@ -86,3 +89,20 @@ def test_fp8_payload_sends_a_quarter_of_the_bytes(hidden, top_k, tmp_path):
     }
     for rank in range(2):
         assert sent["fp8_ue8m0"][rank] < sent["fp8"][rank] <= 0.27 * sent[None][rank]
+
+
+def test_codes_are_quantised_to_themselves():
+    """Why FP8 experts read of a payload what they would have made of x: for every mantissa, and for blocks."""
+    amax = (np.arange(2**23, dtype=np.uint32) | np.uint32(0x3F800000)).view(np.float32)
+    scale = amax / np.float32(448)
+    assert np.array_equal(np.float32(448) * scale / np.float32(448), scale)
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2000, 300, generator=generator) * torch.logspace(-30, 30, 2000)[:, None]
+    for dtype in (torch.float32, torch.bfloat16):
+        once = quantize_fp8(wide.to(dtype))
+        again = quantize_fp8(dequantize_fp8(once, dtype))
+        assert torch.equal(again.codes.view(torch.uint8), once.codes.view(torch.uint8))
+        assert torch.equal(again.scales, once.scales)
+        powers = quantize_fp8(wide.to(dtype), scale_format="ue8m0")  # a smaller scale may do; the values stay
+        values = dequantize_fp8(powers, dtype)
+        assert torch.equal(dequantize_fp8(quantize_fp8(values, scale_format="ue8m0"), dtype), values)

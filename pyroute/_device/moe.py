@@ -48,8 +48,6 @@ def _rows(layer: Layer, plan: RoutePlan) -> Operand:
     if layer.weight_on == "input":
         rows = _weighted_rows(layer, plan, permute(layer.x, plan, backend=ON), None)
         return rows if layer.scale_format is None else quantize_fp8(rows, scale_format=layer.scale_format, backend=ON)
-    if layer.x_fp8 is not None:
-        return permute(layer.x_fp8, plan, backend=ON)
     if layer.scale_format is not None:
         return permute_quantize(layer.x, plan, scale_format=layer.scale_format, backend=ON)
     return permute(layer.x, plan, backend=ON)

@@ -123,19 +123,18 @@ def _arguments(
     return positional, *biases, SCALE_FORMATS.get(precision) or quantize or False
 
 
-def _forward(args: tuple[Any, ...], return_saved: bool, x_fp8: Fp8Tensor | None) -> Any:
+def _forward(args: tuple[Any, ...], return_saved: bool) -> Any:
     _, _, activation, limit, alpha, weight_on, _, precision = args[9:]
     positional, b_gate_up, b_down, quantize = _arguments("moe_forward", args[:9], args[9:])
     return core.moe_forward(
         *positional, b_gate_up=b_gate_up, b_down=b_down, activation=activation, limit=limit, alpha=alpha,
         weight_on=weight_on, quantize_activations=quantize, quantize_gradients=bool(precision),
-        x_fp8=None if x_fp8 is None else fp8_array("moe_forward", "x_fp8", *x_fp8), return_saved=return_saved,
+        return_saved=return_saved,
     )  # fmt: skip
 
 
-def moe_kernel(*args: Any, x_fp8: Fp8Tensor | None = None) -> Tensor:
-    """``x_fp8`` as in the core."""
-    return tensor(_forward(args, False, x_fp8))
+def moe_kernel(*args: Any) -> Tensor:
+    return tensor(_forward(args, False))
 
 
 def _moe_fake(x: Tensor, *args: Any) -> Tensor:
@@ -143,8 +142,8 @@ def _moe_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def saved_kernel(*args: Any, x_fp8: Fp8Tensor | None = None) -> tuple[Tensor, Tensor]:
-    y, saved = _forward(args, True, x_fp8)
+def saved_kernel(*args: Any) -> tuple[Tensor, Tensor]:
+    y, saved = _forward(args, True)
     gate_up, slots = saved.gate_up, args[1].numel()
     if gate_up.shape[0] < slots:  # slots that are not routed have no row: the static shape has one for each
         missing = np.zeros((slots - gate_up.shape[0], gate_up.shape[1]), gate_up.dtype)
