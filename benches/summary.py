@@ -102,21 +102,18 @@ def of_models(lines: list[Line]) -> Iterator[str]:
             ours = [line for line in run if line["column"].startswith("pyroute") and not other_isa(line["column"])]
             if not ours:
                 continue
-            times = ", ".join(f"{name(line)} {duration(line['median_s'])}" for line in ours)
+            times = ", ".join(f"{line['column']} {duration(line['median_s'])}" for line in ours).replace("pyroute ", "")
             share = max(line["share_of_limit"] or 0.0 for line in ours)
             others = [line for line in run if line["column"].split()[0] not in ("pyroute", "machine", "numpy")]
             best = min(others, key=lambda line: line["median_s"], default=None)
             beside = f"{best['column']} {duration(best['median_s'])}" if best else ""
-            yield f"| {op} {case if model in case else f'{model} {case}'} | {load} | {times} | {share:.0%} | {beside} |"
+            work = case.replace(f" {load}", "").replace(f"{model} ", "")
+            yield f"| {model} {op} {work} | {load} | {times} | {share:.0%} | {beside} |"
         yield ""
 
 
 def other_isa(column: str) -> bool:
     return column.endswith((" avx2", " scalar", " avx512"))
-
-
-def name(line: Line) -> str:
-    return str(line["column"]).removeprefix("pyroute").strip() or "into given memory"
 
 
 def scaling(lines: list[Line]) -> Iterator[str]:

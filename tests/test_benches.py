@@ -250,7 +250,7 @@ def test_models_stand_in_the_summary(benches, tmp_path, capsys):
     assert summary.main([str(path)]) == 0
     printed = capsys.readouterr().out
     assert "## Models, avx2, 2 threads" in printed
-    assert "| gate mixtral a | zipf | into given memory 2 ms | 50% | fast 4 ms |" in printed
+    assert "| mixtral gate a | zipf | 2 ms | 50% | fast 4 ms |" in printed
 
 
 def test_records_are_appended(fake, tmp_path, monkeypatch):
