@@ -51,8 +51,8 @@ def quantile_bias(
     -----
     One step of coordinate descent on the dual of the balanced assignment. Megatron-Core's ``qb_dual_update`` has it
     for routers that rank logits, with the opposite sign. It sees one batch: use :func:`bias_histogram` for the batch of
-    all devices and micro-batches. 4096 tokens of 256 experts take 17 ms on one core of Zen 4, where the gate takes 1.1 ms: two
-    partitions of all keys.
+    all devices and micro-batches. 4096 tokens of 256 experts take 17 ms on one core of Zen 4, where the gate takes
+    1.1 ms: two partitions of all keys.
     """
     function = "quantile_bias"
     needed, b = _needed_bias(function, logits, config, bias, token_mask, backend)
