@@ -63,7 +63,10 @@ def instant(monkeypatch):
 
 def measured(*rows, with_peers=True):
     """Outcomes, why the run ended, and what was printed."""
-    args = argparse.Namespace(rows=list(rows or cases.ROWS), quick=True, rounds=1, case="", peers=with_peers)
+    args = argparse.Namespace(
+        rows=list(rows or cases.ROWS), quick=True, rounds=1, case="", peers=with_peers, model=None, load="random",
+        columns="",
+    )  # fmt: skip
     printed = io.StringIO()
     outcomes, ended = run.run(args, CPU, printed)
     return outcomes, ended, printed.getvalue()
@@ -262,7 +265,7 @@ def test_a_step_is_wrong_in_one_gradient(which):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option", ["--plot x.html", "--cold", "--model mixtral", "--scaling", "--threads 2"])
+@pytest.mark.parametrize("option", ["--plot x.html", "--scaling", "--cost", "--threads 2"])
 def test_options_of_the_cpu_are_refused_in_one_sentence(option, capsys):
     assert main(["bench", "--gpu", *option.split()]) == 2
     printed = capsys.readouterr()
