@@ -135,13 +135,13 @@ def _check_headers(function: str, found: list[list[int]]) -> None:
     refused = [rank for rank, header in enumerate(found) if header[5]]
     if refused:
         raise RuntimeError(f"{function}: rank {refused[0]} refused the arguments of its call; its own error says why")
-    _check_same(function, "top_k", [str(header[2]) for header in found])
+    check_same(function, "top_k", [str(header[2]) for header in found])
     types = [str(_ROW_TYPES[header[3]]).removeprefix("torch.") for header in found]
-    _check_same(function, "the type of x", types)
-    _check_same(function, "torch.is_grad_enabled()", [str(bool(header[4] & 1)) for header in found])
+    check_same(function, "the type of x", types)
+    check_same(function, "torch.is_grad_enabled()", [str(bool(header[4] & 1)) for header in found])
 
 
-def _check_same(function: str, name: str, values: list[str]) -> None:
+def check_same(function: str, name: str, values: list[str]) -> None:
     other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
     if other is not None:
         text = f"{values[0]} on rank 0 and {values[other]} on rank {other}"

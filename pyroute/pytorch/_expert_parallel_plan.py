@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .. import _check
 from ..placement import Placement
+from ._expert_exchange import Ranks
 
 _AGREEMENT_BYTES = 4096  # of a rank's description in the one collective of a construction
 _PRINTED_SLOTS = 512  # a longer map is compared by its digest
@@ -107,7 +107,7 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu") if "cpu" in types else torch.device(types[0], torch.cuda.current_device())
 
 
-def agree(function: str, group: dist.ProcessGroup | None, config: dict[str, Any], error: Exception | None) -> int:
+def agree(function: str, ranks: Ranks, config: dict[str, Any], error: Exception | None) -> int:
     """Raise on every rank where one has refused its arguments or has others than the rest; one collective.
 
     Returns
@@ -115,18 +115,18 @@ def agree(function: str, group: dist.ProcessGroup | None, config: dict[str, Any]
     int
         Rank 0's ``config["seed"]``, the one entry that may differ.
     """
+    group = ranks.group
     if group is None:
         if error is not None:
             raise error
         return int(config["seed"])
-    described = {"refused": str(error)[:1024]} if error is not None else config
-    text = json.dumps(described).encode()
+    described = {"refused": str(error)[:512]} if error is not None else config
+    text = json.dumps(described, ensure_ascii=False, default=_plain).encode(errors="replace")  # 6 bytes a character
     mine = np.zeros(_AGREEMENT_BYTES, np.uint8)
     mine[: len(text)] = np.frombuffer(text, np.uint8)
-    send = torch.from_numpy(mine).to(device_of(group))
-    received: list[Tensor] = [torch.empty_like(send) for _ in range(group.size())]
-    dist.all_gather(received, send, group=group)
-    configs = [json.loads(bytes(t.cpu().numpy()).rstrip(b"\0")) for t in received]
+    send, one = torch.from_numpy(np.tile(mine, (ranks.size, 1))).to(device_of(group)), [1] * ranks.size
+    received = ranks.all_to_all("the agreement on a layer's arguments", send, one, one).wait()
+    configs = [json.loads(bytes(row).rstrip(b"\0")) for row in received.cpu().numpy()]
     if error is not None:
         raise error
     for rank, config in enumerate(configs):
@@ -136,6 +136,11 @@ def agree(function: str, group: dist.ProcessGroup | None, config: dict[str, Any]
     if differences := [sentence for sentence in found if sentence]:
         raise ValueError(f"{function}: {'; '.join(differences)}")
     return int(configs[0]["seed"])
+
+
+def _plain(number: Any) -> Any:
+    """NumPy's sizes and limits as Python's."""
+    return number.item() if isinstance(number, np.generic) else float(number)
 
 
 def _difference(name: str, values: list[Any]) -> str:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._activation import Activation
 from .._moe_arguments import MoeGradients, WeightOn
@@ -98,6 +99,7 @@ class ToExperts(torch.autograd.Function):
         return x.new_empty(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         x, topk_weights, received, gate_up, *rest = ctx.saved_tensors
@@ -136,6 +138,7 @@ class FromExperts(torch.autograd.Function):
         return unpermute(results, step.route.slots, weights)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         row_to_token, token_to_row = ctx.saved_tensors

@@ -34,7 +34,7 @@ def pack(x: Tensor, plan: RoutePlan | None, payload: Payload | None) -> Tensor:
 def unpack(received: Tensor, hidden: int, payload: Payload) -> Fp8Tensor:
     """Codes and scales of the rows that :func:`pack` wrote."""
     codes = received[:, :hidden].contiguous().view(torch.float8_e4m3fn)
-    as_bytes = received[:, hidden:].contiguous()
+    as_bytes = received[:, hidden:].clone(memory_format=torch.contiguous_format)  # one row is contiguous as it is
     if payload == "fp8_ue8m0":
         return Fp8Tensor(codes, (as_bytes.to(torch.int32) << 23).view(torch.float32))
     return Fp8Tensor(codes, reinterpret(as_bytes, torch.float32))

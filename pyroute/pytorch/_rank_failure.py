@@ -7,8 +7,11 @@ that down too, for those who notice later, and the rank that keeps the store sta
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -35,10 +38,8 @@ class FailureReport:
         """An error that names the lost ranks, for a failure of ``what``."""
         self._failures += 1
         failed = f"{what} failed on rank {self._name(self._rank)}: {error}"
-        try:
-            self._store.set_timeout(timedelta(seconds=self._patience))
-            lost = self._find_lost(f"pyroute/failure/{self._failures}")
-        except RuntimeError:
+        lost = self._ask_store(f"pyroute/failure/{self._failures}")
+        if lost is None:
             return RuntimeError(
                 f"ExpertParallel: {self._keeper()} is lost, and the group's store with it, after {failed}"
             )
@@ -49,6 +50,20 @@ class FailureReport:
         names = ", ".join(map(self._name, lost))
         who = f"rank {names} is" if len(lost) == 1 else f"ranks {names} are"
         return RuntimeError(f"ExpertParallel: {who} lost, silent for {self._patience:g} s after {failed}")
+
+    def _ask_store(self, key: str) -> list[int] | None:
+        """The lost ranks; None if the store is gone, or its keeper stands still: most of its calls know no timeout."""
+        found: list[list[int]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                self._store.set_timeout(timedelta(seconds=self._patience))
+                found.append(self._find_lost(key))
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(3 * self._patience)
+        return found[0] if found else None
 
     def _find_lost(self, key: str) -> list[int]:
         store, deadline = self._store, time.monotonic() + self._patience
@@ -90,5 +105,5 @@ def _launcher_keeps_store() -> bool:
 
 def _timeout_of(group: dist.ProcessGroup) -> float:
     backend: Any = group._get_backend(group._device_types[0])
-    timeout: timedelta = backend.options._timeout
-    return timeout.total_seconds()
+    timeout: timedelta | None = getattr(backend.options, "_timeout", None)  # a dry run's backend has none
+    return math.inf if timeout is None else timeout.total_seconds()

@@ -7,8 +7,22 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from ._expert_exchange import Ranks
+from ._expert_exchange import Ranks, check_same
 from ._expert_parallel_plan import ExpertSlots
+
+_KINDS = ("False", "True", "True for a DTensor")
+
+
+def check_gradients(function: str, parameters: dict[str, Tensor], ranks: Ranks) -> None:
+    """Raise on every rank if they do not all have gradients of the same parameters to sum; one collective."""
+    kinds = [0 if not p.requires_grad else 1 + hasattr(p, "device_mesh") for p in parameters.values()]
+    device = next(iter(parameters.values())).device
+    send, one = torch.tensor([kinds] * ranks.size, device=device), [1] * ranks.size
+    found = ranks.all_to_all("the agreement on gradients", send, one, one).wait().tolist()
+    for name, of_rank in zip(parameters, zip(*found, strict=True), strict=True):
+        check_same(function, f"{name}.requires_grad", [_KINDS[kind] for kind in of_rank])
+        if of_rank[0] == 2:
+            raise TypeError(f"{function}: replicated experts must not be sharded again, got {name} as a DTensor")
 
 
 def sum_over_replicas(gradients: Iterable[Tensor], slots: ExpertSlots, ranks: Ranks) -> None:

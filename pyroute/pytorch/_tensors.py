@@ -108,14 +108,14 @@ def optional_array(function: str, argument: str, tensor: Tensor | None) -> Array
 
 def ids_array(function: str, argument: str, tensor: Tensor) -> Array:
     """Ids, which a GPU's kernels take as int32 or int64: narrow types widen, unsigned wide ones become int64."""
-    if not on_host(tensor) and tensor.dtype in _INTEGERS and tensor.dtype not in (torch.int32, torch.int64):
+    if not on_host(tensor) and tensor.dtype in INTEGERS and tensor.dtype not in (torch.int32, torch.int64):
         tensor = tensor.to(torch.int32 if tensor.dtype.itemsize < 4 else torch.int64)
     return array(function, argument, tensor)
 
 
 def int32_array(function: str, argument: str, tensor: Tensor) -> Array:
     """Counts, which a GPU's kernels take as int32; other integers are converted there."""
-    if not on_host(tensor) and tensor.dtype in _INTEGERS:
+    if not on_host(tensor) and tensor.dtype in INTEGERS:
         tensor = tensor.to(torch.int32)
     return array(function, argument, tensor)
 
@@ -127,7 +127,7 @@ def float32_array(function: str, argument: str, tensor: Tensor) -> Array:
     return array(function, argument, tensor)
 
 
-_INTEGERS = tuple(getattr(torch, name) for name in _check.INTEGERS)
+INTEGERS = tuple(getattr(torch, name) for name in _check.INTEGERS)
 _ROUNDED = (torch.float16, torch.bfloat16, torch.float64, torch.float8_e8m0fnu)
 
 

@@ -15,8 +15,8 @@ from ._expert_exchange import Header, Ranks, refuse
 from ._expert_parallel_step import FromExperts, LayerOptions, Step, ToExperts
 from ._expert_payload import SCALE_FORMATS, Payload
 from ._expert_routes import Route, SlotMaps, slots_of
-from ._replica_gradients import sum_over_replicas
-from ._tensors import describe, on, on_host
+from ._replica_gradients import check_gradients, sum_over_replicas
+from ._tensors import INTEGERS, describe, on, on_host
 from .experts import GroupedExperts
 from .grouped_gemm import autocast_float
 
@@ -76,9 +76,9 @@ class ExpertParallel(GroupedExperts):
                 deep_ep.check(NAME, found, slots, payload, hidden_size)
             super().__init__(len(slots.of_rank(ranks.rank)), hidden_size, intermediate_size, **options)
             config = self._config(num_experts, slots, payload, transport)
-        except (TypeError, ValueError) as caught:
+        except Exception as caught:  # memory or a device that this rank lacks among them: the others must hear of it
             error = caught
-        seed = agreement.agree(NAME, found, config, error)
+        seed = agreement.agree(NAME, ranks, config, error)
         self._num_experts, self.payload, self.transport, self._ranks, self._slots = (
             num_experts, payload, transport, ranks, slots,
         )  # fmt: skip
@@ -114,7 +114,7 @@ class ExpertParallel(GroupedExperts):
             "placement": slots.describe(), "payload": payload, "transport": transport, "activation": self.activation,
             "limit": self.limit, "alpha": self.alpha, "weight_on": self.weight_on, "precision": self.precision,
             "bias": self.down_proj_bias is not None, "dtype": str(self.down_proj.dtype).removeprefix("torch."),
-            "seed": int(torch.randint(2**62, ()).item()),
+            "seed": int(torch.randint(2**62, (), device="cpu").item()),
         }  # fmt: skip
 
     @property
@@ -125,13 +125,18 @@ class ExpertParallel(GroupedExperts):
         """Every expert as two ``torch.nn.Linear`` start, from a seed of its own: the same wherever it lives."""
         if self._seed is None or self.down_proj.is_meta:
             return
-        for place, expert in enumerate(self.local_experts):
-            generator = torch.Generator().manual_seed((self._seed + expert) % 2**63)
-            for name, parameter in self.named_parameters(recurse=False):
-                bound = (self.hidden_size if name.startswith("gate_up") else self.intermediate_size) ** -0.5
-                drawn = torch.empty(parameter.shape[1:]).uniform_(-bound, bound, generator=generator)
-                with torch.no_grad():
-                    parameter[place].copy_(drawn)
+        generators = [torch.Generator().manual_seed((self._seed + expert) % 2**63) for expert in self.local_experts]
+        for name, parameter in self.named_parameters(recurse=False):
+            bound = (self.hidden_size if name.startswith("gate_up") else self.intermediate_size) ** -0.5
+            drawn = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+            for expert, generator in zip(drawn, generators, strict=True):
+                expert.uniform_(-bound, bound, generator=generator)
+            if hasattr(parameter, "device_mesh"):  # sharded again, as FSDP does; every one of its ranks has drawn all
+                from torch.distributed.tensor import distribute_tensor
+
+                drawn = distribute_tensor(drawn, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            with torch.no_grad():
+                parameter.copy_(drawn)
 
     def forward(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, shared: Callable[[Tensor], Tensor] | None = None
@@ -155,10 +160,10 @@ class ExpertParallel(GroupedExperts):
         if self.transport == "deep_ep":
             routed = self._through_deep_ep(x, topk_idx, topk_weights)
             return routed if shared is None else routed + shared(x)
-        x, params = self._operands(x)
         try:
+            x, params = self._operands(x)
             route = self._route(x, topk_idx, topk_weights)
-        except (TypeError, ValueError):
+        except Exception:
             refuse(self._ranks, self.down_proj.device)
             raise
         grad = torch.is_grad_enabled()
@@ -184,14 +189,15 @@ class ExpertParallel(GroupedExperts):
         average : bool
             Divide the gradients by the number of ranks, as data parallelism does with those of other parameters.
         """
+        parameters = dict(self.named_parameters(recurse=False))
+        if (self._slots.replicas > 1).any():
+            check_gradients(NAME, parameters, self._ranks)
         gradients = []
-        for name, parameter in self.named_parameters(recurse=False):
+        for parameter in parameters.values():
             if not parameter.requires_grad:
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            if hasattr(parameter.grad, "device_mesh") and (self._slots.replicas > 1).any():
-                raise TypeError(f"{NAME}: replicated experts must not be sharded again, got {name} as a DTensor")
             gradients.append(parameter.grad)
         sum_over_replicas(gradients, self._slots, self._ranks)
         if average:
@@ -227,30 +233,36 @@ class ExpertParallel(GroupedExperts):
         """``topk_idx``, in which a device's ids outside the experts are not routed."""
         device = self.down_proj.device
         for name, given in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights)):
-            if not isinstance(given, Tensor) or given.dim() != 2 or given.device != device:
+            dense = isinstance(given, Tensor) and given.layout is torch.strided
+            if not dense or given.dim() != 2 or given.device != device:
                 got = on(given) if isinstance(given, Tensor) else describe(given)
                 raise _check.type_error(NAME, name, f"a matrix on {device}, as the experts are", got)
         if x.dtype not in (torch.float32, torch.bfloat16):
             raise _check.type_error(NAME, "x", "float32 or bfloat16", describe(x))
         if x.shape[1] != self.hidden_size:
             raise _check.value_error(NAME, "x", f"[num_tokens, hidden={self.hidden_size}]", list(x.shape))
-        if topk_idx.dtype.is_floating_point or topk_idx.dtype == torch.bool:
+        if topk_idx.dtype not in INTEGERS:
             raise _check.type_error(NAME, "topk_idx", "integers [num_tokens, top_k]", describe(topk_idx))
         if not topk_weights.dtype.is_floating_point:
             raise _check.type_error(NAME, "topk_weights", "floating [num_tokens, top_k]", describe(topk_weights))
+        for name, held in self.named_parameters(recurse=False):
+            if held.dtype not in (torch.float32, torch.bfloat16):  # on a rank without experts no kernel would say so
+                raise _check.type_error(NAME, name, "float32 or bfloat16", describe(held))
         shape = [len(x), max(topk_idx.shape[1], 1)]
         for name, given in (("topk_idx", topk_idx), ("topk_weights", topk_weights)):
             if list(given.shape) != shape:
                 raise _check.value_error(NAME, name, f"of shape {shape}", list(given.shape))
         if device not in self._maps:
             self._maps[device] = SlotMaps.of(self._slots, self._ranks.rank, device)
-        outside = (topk_idx < -1) | (topk_idx >= self.num_experts)
+        narrow = topk_idx.dtype not in (torch.int32, torch.int64)  # compares with no number that it cannot hold
+        ids = topk_idx.to(torch.int64) if narrow else topk_idx
+        outside = (ids < (-1 if topk_idx.dtype.is_signed else 0)) | (ids >= self.num_experts)
         if not on_host(topk_idx):
-            topk_idx = topk_idx.masked_fill(outside, -1)
+            ids = ids.masked_fill(outside, -1)
         elif outside.any():
-            other = int(topk_idx[outside][0])
+            other = topk_idx.flatten().tolist()[int(outside.flatten().nonzero()[0])]
             raise _check.value_error(NAME, "topk_idx", f"-1 or in 0..{self.num_experts - 1}", other)
-        return topk_idx
+        return ids
 
     def extra_repr(self) -> str:
         held = f"slots {len(self.local_experts)} of {len(self._slots.slot_to_expert)}"
