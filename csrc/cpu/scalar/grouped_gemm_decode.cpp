@@ -12,7 +12,7 @@
 // each column is read alone, 512 bytes of it abreast: four blocks of FP8, two of bfloat16, one of float32, whose sums
 // overlap all the same since no block waits for another. On two threads, all from memory: FP8 27 to 31 GB/s (AVX2 22 to
 // 29), where plain reading gives 37; bfloat16 and float32 30 to 32, as plain reading in that run. Four blocks of
-// float32 abreast, 2 KiB: 18 (AVX2 15), of bfloat16 26; eight of FP8 17. Prefetches on top: none to 25 % slower. Two
+// float32 abreast, 2 KiB: 18 (AVX2 15), of bfloat16 26; eight of FP8 17. Prefetches on top: none to 44 % slower. Two
 // rows in this way: as fast as block by block with AVX2, 10 % slower with AVX-512.
 #include "cpu/grouped_gemm_decode.h"
 

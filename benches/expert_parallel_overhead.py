@@ -1,4 +1,4 @@
-"""What an expert-parallel step costs beyond its transfers: ``python benches/expert_parallel.py --ranks 4``.
+"""What an expert-parallel step costs beyond its transfers: ``python benches/expert_parallel_overhead.py --ranks 4``.
 
 On every rank, in turn within each repetition: the step, the same transfers alone (``all_to_all_single`` of the same
 bytes with the same splits, one after the other), and the experts alone on the rows that arrived. The overhead is what
