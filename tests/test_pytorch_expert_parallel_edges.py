@@ -99,12 +99,19 @@ def test_scales_of_a_payload_lie_at_any_address(payload, num_tokens):
     assert torch.equal(one, ExpertParallel.forward(layer, x[:1], ids[:1], weights[:1]))
 
 
-def test_gradients_of_gradients_are_refused():
+@pytest.mark.parametrize("loss", [torch.sum, lambda y: y.square().sum()], ids=["sum", "squares"])
+def test_gradients_of_gradients_are_refused(loss):
+    """Also where the gradient that comes in needs none: a zero would be silent."""
     layer, x = ExpertParallel(4, 8, 8), torch.randn(3, 8, requires_grad=True)
     y = layer(x, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1))
-    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(loss(y), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
         (grad.sum() + x.sum()).backward()
+
+
+def test_a_share_is_not_shared_out_again():
+    with pytest.raises(TypeError, match=r"ExpertParallel: experts must be a GroupedExperts with all experts, got"):
+        ExpertParallel.from_experts(ExpertParallel(4, 8, 8))
 
 
 def test_a_rank_that_dies_before_the_layer_is_made_is_named():

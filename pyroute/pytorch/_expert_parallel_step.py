@@ -138,14 +138,16 @@ class FromExperts(torch.autograd.Function):
         return unpermute(results, step.route.slots, weights)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         row_to_token, token_to_row = ctx.saved_tensors
-        route = step.route
-        send = permute(grad_y, route.rows._replace(row_to_token=row_to_token, token_to_row=token_to_row))
-        step.gradients = step.ranks.all_to_all("the dispatch of gradients", send, route.row_counts, step.agreed.rows_in)
-        return None, grad_y.new_empty(0), None
+        rows = step.route.rows._replace(row_to_token=row_to_token, token_to_row=token_to_row)
+        with torch.no_grad():
+            send = permute(grad_y, rows)
+        counts = step.route.row_counts
+        step.gradients = step.ranks.all_to_all("the dispatch of gradients", send, counts, step.agreed.rows_in)
+        # with create_graph it requires a gradient, which makes once_differentiable refuse those of ToExperts' results
+        return None, grad_y.new_empty(0, requires_grad=torch.is_grad_enabled()), None
 
 
 def _run_experts(step: Step, arrived: Arrived, received: Tensor, params: Any) -> tuple[Tensor, Tensor]:

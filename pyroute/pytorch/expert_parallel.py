@@ -93,6 +93,8 @@ class ExpertParallel(GroupedExperts):
         transport: Transport = "torch",
     ) -> ExpertParallel:  # fmt: skip
         """This rank's share of a layer that every rank has whole, with copies of its parameters."""
+        if not isinstance(experts, GroupedExperts) or isinstance(experts, ExpertParallel):
+            raise _check.type_error(NAME, "experts", "a GroupedExperts with all experts", describe(experts))
         like = experts.down_proj
         layer = cls(
             experts.num_experts, experts.hidden_size, experts.intermediate_size, group=group, placement=placement,
