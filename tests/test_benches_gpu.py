@@ -10,11 +10,12 @@ import io
 import sys
 from pathlib import Path
 
-import gpu_stand_ins
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
+
+import gpu_stand_ins  # noqa: E402
 
 from pyroute.__main__ import main  # noqa: E402
 from pyroute.bench.suite import peers as registry  # noqa: E402
