@@ -274,6 +274,17 @@ def test_a_peer_that_is_not_there_has_a_reason(benches):
     assert "ModuleNotFoundError" in peer.problem
 
 
+def test_numpys_products_run_when_they_are_named(benches):
+    from pyroute.bench.suite import peers, run
+
+    arrays = peers.load_one("numpy_arrays")
+    for op in ("gate", "gemm", "dgrad", "wgrad", "layer", "training"):
+        named = [column.name for column in run.wanted_columns(arrays, op, "torch,numpy")]
+        assert named, op
+        assert all(name.startswith("numpy") for name in named), op
+        assert [column.name for column in run.wanted_columns(arrays, op, "")] == (named if op == "gate" else []), op
+
+
 def test_every_row_runs_without_peers(benches, capsys):
     assert main(["bench", "--quick"]) == 0
     printed = capsys.readouterr().out

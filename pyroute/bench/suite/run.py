@@ -81,7 +81,8 @@ def wanted_columns(peer: peers.Peer, op: str, names: str) -> list[peers.Column]:
     return [
         column
         for column in peer.columns
-        if column.op == op and (not names or any(part in column.name for part in names.split(",")))
+        if column.op == op
+        and (any(part in column.name for part in names.split(",")) if names else not column.on_request)
     ]
 
 

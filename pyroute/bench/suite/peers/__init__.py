@@ -56,14 +56,17 @@ class Column(NamedTuple):
     kind: str  # what the numbers pass through, for the tolerance: problems.TOLERANCES; "limit": it has none
     module: str
     alone: bool = False  # in a process of its own: its threads go on spinning after a call
+    on_request: bool = False  # only if --columns names it: its samples would be most of a run
 
 
-def column(op: str, name: str, *, kind: str = "float32", alone: bool = False) -> Callable[[Build], Build]:
+def column(
+    op: str, name: str, *, kind: str = "float32", alone: bool = False, on_request: bool = False
+) -> Callable[[Build], Build]:
     """Register a function ``problem -> Work`` as a column of the op's tables."""
 
     def register(build: Build) -> Build:
         module = build.__module__
-        _columns.setdefault(module, []).append(Column(op, name, build, kind, module, alone))
+        _columns.setdefault(module, []).append(Column(op, name, build, kind, module, alone, on_request))
         return build
 
     return register

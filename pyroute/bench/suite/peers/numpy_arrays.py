@@ -30,7 +30,10 @@ def version() -> str:
 
 
 def _register(op: str, name: str, kind: str, build) -> None:
-    @column(op, name.replace("pyroute", "numpy"), kind=kind)
+    # products in the contract's order take half a second for one token, minutes for a training step
+    products = op in ("gemm", "dgrad", "wgrad", "layer", "training")
+
+    @column(op, name.replace("pyroute", "numpy"), kind=kind, on_request=products)
     def built(problem):
         return build(problem, name, OPS)
 
