@@ -42,6 +42,7 @@ bench:
 
 # The measured tables of README.md and benches/results/README.md, from the records.
 .PHONY: readme
+readme: export PYTHONPATH := $(CURDIR)
 readme:
 	$(PYTHON) benches/readme.py
 
