@@ -52,7 +52,7 @@ FORWARD = [
     *wrong_arrays("x", (T, H), TYPES, ".."),
     *wrong_arrays("topk_idx", (T, K), INTEGERS, "x."),
     *wrong_arrays("topk_weights", (T, K), FLOATS, "xx"),
-    *wrong_arrays("w_gate_up", (E, 2 * I, H), TYPES, "xxx"),
+    *wrong_arrays("w_gate_up", (E, 2 * I, H), TYPES, "x" * 3),
     *wrong_arrays("w_down", (E, H, I), TYPES, ".x."),
     *wrong_arrays("b_gate_up", (E, 2 * I), TYPES, "xx", none_is_legal=True),
     *wrong_arrays("b_down", (E, H), TYPES, "xx", none_is_legal=True),

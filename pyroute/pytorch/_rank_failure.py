@@ -89,7 +89,7 @@ class FailureReport:
             time.sleep(_POLL)
 
     def _keeper(self) -> str:
-        """Who keeps the store, if it is not a file: global rank 0, or under torchrun its agent."""
+        """Who keeps the store, if it is not a file: global rank 0, or torchrun itself."""
         if _launcher_keeps_store():
             return "the launcher"
         return f"rank {self._name(self._global_ranks.index(0))}" if 0 in self._global_ranks else "global rank 0"

@@ -30,10 +30,11 @@ ELSEWHERE = pytest.mark.parametrize("elsewhere", [np.asarray, on_another_gpu], i
 
 
 def refused(function, call):
+    """Whether nothing was launched; the sentence is checked here."""
     launched()
     with pytest.raises(TypeError, match=f"^{function}: arrays must be on one device, got .* together$"):
         call()
-    assert not launched()
+    return not launched()
 
 
 @ELSEWHERE
@@ -43,17 +44,17 @@ def test_expert_offsets(function, elsewhere, rng):
     b = rng.normal(size=(E, N, H)).astype(np.float32)
     operands = {"grouped_gemm": (a, b), "grouped_gemm_dgrad": (g, b), "grouped_gemm_wgrad": (g, a)}[function]
     offsets, call = np.array([0, 2, 2, T]), getattr(pyroute, function)
-    refused(function, lambda: call(*map(to_device, operands), elsewhere(offsets)))
-    refused(function, lambda: call(*operands, to_device(offsets)))
+    assert refused(function, lambda: call(*map(to_device, operands), elsewhere(offsets)))
+    assert refused(function, lambda: call(*operands, to_device(offsets)))
 
 
 @ELSEWHERE
 def test_parts_of_an_fp8_array(elsewhere):
     q, offsets = pyroute.quantize_fp8(np.ones((T, H), np.float32)), np.array([0, T])
     codes, scales = q.codes, q.scales
-    refused("Fp8Array", lambda: Fp8Array(to_device(codes), elsewhere(scales)))
-    refused("Fp8Array", lambda: Fp8Array(elsewhere(codes), to_device(scales)))
-    refused("Fp8Array", lambda: Fp8Array(to_device(codes), to_device(scales), expert_offsets=elsewhere(offsets)))
+    assert refused("Fp8Array", lambda: Fp8Array(to_device(codes), elsewhere(scales)))
+    assert refused("Fp8Array", lambda: Fp8Array(elsewhere(codes), to_device(scales)))
+    assert refused("Fp8Array", lambda: Fp8Array(to_device(codes), to_device(scales), expert_offsets=elsewhere(offsets)))
 
 
 @ELSEWHERE
@@ -61,9 +62,9 @@ def test_parts_of_an_fp8_array(elsewhere):
 def test_parts_of_a_plan(moved, elsewhere):
     near = plan_routes(to_device(np.zeros((T, K), np.int32)), E)
     parts = {name: getattr(near, name) for name in MAPS}
-    refused("RoutePlan", lambda: RoutePlan(**parts | {moved: elsewhere(to_host(parts[moved]))}))
+    assert refused("RoutePlan", lambda: RoutePlan(**parts | {moved: elsewhere(to_host(parts[moved]))}))
     host = {name: to_host(part) for name, part in parts.items()}
-    refused("RoutePlan", lambda: RoutePlan(**host | {moved: to_device(host[moved])}))
+    assert refused("RoutePlan", lambda: RoutePlan(**host | {moved: to_device(host[moved])}))
 
 
 @ELSEWHERE
@@ -74,16 +75,16 @@ def test_outputs_of_the_moe_layer(elsewhere, rng):
     arrays |= {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     arguments = {"x": x, "topk_idx": rng.integers(0, E, (T, K)), **arrays}
     near = {name: to_device(array) for name, array in arguments.items()}
-    refused("moe_forward", lambda: pyroute.moe_forward(**near, out=elsewhere(x.copy())))
-    refused("moe_forward", lambda: pyroute.moe_forward(**arguments, out=to_device(x)))
+    assert refused("moe_forward", lambda: pyroute.moe_forward(**near, out=elsewhere(x.copy())))
+    assert refused("moe_forward", lambda: pyroute.moe_forward(**arguments, out=to_device(x)))
     _, saved = pyroute.moe_forward(**near, return_saved=True)
     _, kept = pyroute.moe_forward(**arguments, return_saved=True)
     none = MoeGradients(*[None] * 6)
     for name in MoeGradients._fields:
         out = none._replace(**{name: elsewhere(np.zeros_like(arguments[name]))})
-        refused("moe_backward", lambda out=out: pyroute.moe_backward(to_device(x), saved, out=out))
+        assert refused("moe_backward", lambda out=out: pyroute.moe_backward(to_device(x), saved, out=out))
         out = none._replace(**{name: to_device(arguments[name])})
-        refused("moe_backward", lambda out=out: pyroute.moe_backward(x, kept, out=out))
+        assert refused("moe_backward", lambda out=out: pyroute.moe_backward(x, kept, out=out))
     memory = np.zeros_like(x).view(np.memmap)  # a kind of NumPy's
     pyroute.moe_forward(**arguments, out=memory)
     np.testing.assert_array_equal(memory, pyroute.moe_forward(**arguments))

@@ -96,7 +96,7 @@ def test_import_touches_no_driver_and_the_first_array_on_a_gpu_does():
     _backend.choose("f", None, to_device(x))
     assert loaded()
     """
-    run(code)
+    assert run(code) == ""
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_driver_that_fails_to_start_once_works_at_the_next_call():
     assert right(launch())
     assert cuda.why_no_device() == ""
     """
-    run(code, PYROUTE_EMULATOR_FAIL="cuInit=803")
+    assert run(code, PYROUTE_EMULATOR_FAIL="cuInit=803") == ""
 
 
 def test_an_old_card_is_refused_by_name():
@@ -251,7 +251,7 @@ def test_the_callers_context_comes_back():
             assert sentence(launch, device=device, kernel="nothing") != "nothing raised"
             assert current() == context.value
     """
-    run(code, PYROUTE_EMULATED_DEVICES="2")
+    assert run(code, PYROUTE_EMULATED_DEVICES="2") == ""
 
 
 def test_many_threads_at_their_first_launch():
@@ -270,7 +270,7 @@ def test_many_threads_at_their_first_launch():
     assert all(map(right, made))
     assert len(calls) <= 16 and set(calls) == {"room 0", "room 1"}
     """
-    run(code, PYROUTE_EMULATED_DEVICES="3")
+    assert run(code, PYROUTE_EMULATED_DEVICES="3") == ""
 
 
 FORK = """
@@ -295,11 +295,11 @@ def test_a_child_of_a_process_that_used_the_gpu_is_told():
     in_child(lambda: in_child(refused) is None and refused())
     assert right(launch())
     """
-    run(FORK + textwrap.dedent(code))
+    assert run(FORK + textwrap.dedent(code)) == ""
 
 
 def test_a_child_of_a_process_that_did_not_may_use_it():
-    run(FORK + "in_child(lambda: right(launch()))\nassert right(launch())\n")
+    assert run(FORK + "in_child(lambda: right(launch()))\nassert right(launch())\n") == ""
 
 
 def test_a_fork_while_other_threads_launch():
@@ -319,7 +319,7 @@ def test_a_fork_while_other_threads_launch():
     for thread in threads:
         thread.join()
     """
-    run(FORK + textwrap.dedent(code))
+    assert run(FORK + textwrap.dedent(code)) == ""
 
 
 CAPTURE = """
@@ -344,7 +344,7 @@ assert mode.value == 0
 
 @pytest.mark.parametrize("check", ["0", "1"])
 def test_a_first_launch_may_be_captured(check):
-    run(CAPTURE, PYROUTE_CHECK=check)
+    assert run(CAPTURE, PYROUTE_CHECK=check) == ""
 
 
 def test_check_names_the_kernel_that_failed():
