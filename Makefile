@@ -4,6 +4,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= auto
+# The CUDA kernels: OFF leaves them to NVRTC, which compiles those that are called, on the machine with the GPU; AUTO has nvcc,
+# where there is one, compile all of them for four architectures, which takes minutes.
+KERNELS ?= OFF
 .DEFAULT_GOAL := help
 
 help:
@@ -14,16 +17,14 @@ $(VENV)/bin/python:
 
 .PHONY: help demo test dev lint format bench
 demo: $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet ".[cli]"
+	PYROUTE_CUDA=$(KERNELS) $(VENV)/bin/pip install --quiet ".[cli]"
 	$(VENV)/bin/pyroute demo
 
 test: $(VENV)/bin/python
-	$(VENV)/bin/pip install --quiet ".[test]"
+	PYROUTE_CUDA=$(KERNELS) $(VENV)/bin/pip install --quiet ".[test]"
 	MALLOC_PERTURB_=128 PYROUTE_EMULATOR_REQUIRED=1 $(VENV)/bin/pytest tests -n $(JOBS)
 
-# Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra. The CUDA
-# kernels are left to NVRTC, which compiles those that are called; KERNELS=AUTO compiles all of them, by nvcc, minutes.
-KERNELS ?= OFF
+# Incremental: about 10 s after touching one kernel file. PYTHON is the environment that holds the dev extra.
 dev:
 	cmake -S . -B build/dev -G Ninja -DPython_EXECUTABLE=$$($(PYTHON) -c 'import sys; print(sys.executable)') \
 	  -DPYROUTE_CUDA=$(KERNELS) -DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$(CURDIR)/pyroute > build-dev.log 2>&1 || { cat build-dev.log; exit 1; }
