@@ -220,7 +220,8 @@ def _unwrap(function: str, argument: str, x: Any) -> Array:
     except Exception as error:  # whatever the exporter raises
         what = _check.describe(x)
         if hasattr(type(x), "__dlpack__"):  # a tensor that requires grad, of a type that NumPy lacks, or on a GPU
-            what += f" ({' '.join(str(error).split())})"
+            elsewhere = "; pyroute.pytorch takes tensors" if type(x).__module__.startswith("torch") else ""
+            what += f" ({' '.join(str(error).split()).rstrip('.')}{elsewhere})"
         raise _check.type_error(function, argument, "an array", what) from None
 
 

@@ -163,6 +163,8 @@ def _as_mapping(model_config: Any) -> Mapping[str, Any]:
 def _from_file(place: str | os.PathLike[str]) -> Any:
     path = Path(place)
     path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{_FUNCTION}: model_config must be a file or folder that exists, got {path}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or not UTF-8

@@ -137,7 +137,7 @@ def _find(function: str, name: str) -> _Model:
     if not isinstance(name, str):
         raise _check.type_error(function, "name", "a string", _check.describe(name))
     if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=1)
-        hint = f" (did you mean '{near[0]}'?)" if near else ""
+        near = difflib.get_close_matches(name.lower().replace("_", "-"), _MODELS)
+        hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
         raise _check.value_error(function, "name", "one of pyroute.presets()", repr(name) + hint)
     return _MODELS[name]

@@ -60,6 +60,13 @@ def problem(dtype=torch.float32, *, requires_grad=True, dropped=True):
     return x, ids, weights, *layer
 
 
+@pytest.mark.parametrize("tensor", [torch.zeros(T, E, requires_grad=True), torch.zeros(T, E, dtype=torch.bfloat16)])
+def test_the_core_sends_tensors_that_numpy_cannot_hold_here(tensor):
+    sentence = r"^topk_gating: logits must be an array, got Tensor \[23, 16\] \(.*; pyroute\.pytorch takes tensors\)$"
+    with pytest.raises(TypeError, match=sentence):
+        pyroute.topk_gating(tensor, GROUPED)
+
+
 # --- tensors cross without a copy ------------------------------------------------------------------------------------
 
 

@@ -276,6 +276,15 @@ def test_unknown_preset(call):
         call(3)
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("Deepseek_V3", "'deepseek-v3' or"), ("Mixtral-8x7B", "'mixtral-8x22b' or 'mixtral'"), ("kimi", "'kimi-k2'")],
+)
+def test_unknown_preset_names_those_that_are_near(name, near):
+    with pytest.raises(ValueError, match=rf"got '{name}' \(did you mean {near}.*\?\)$"):
+        RouterConfig.preset(name)
+
+
 # --- a model's own configuration --------------------------------------------------------------------------------------
 
 
@@ -412,7 +421,8 @@ def test_model_config_from_a_file_a_folder_and_an_object(tmp_path):
             return DEEPSEEK_V3
 
     assert RouterConfig.from_model_config(Config()) == expected
-    with pytest.raises(FileNotFoundError):
+    sentence = r"^RouterConfig.from_model_config: model_config must be a file or folder that exists, got \S*ing.json$"
+    with pytest.raises(FileNotFoundError, match=sentence):
         RouterConfig.from_model_config(tmp_path / "nothing.json")
 
 
