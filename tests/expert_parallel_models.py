@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -173,6 +174,50 @@ def under_autocast() -> None:
         same(name, got[name], expected[name][mine])
     for name, _ in layer.named_parameters():
         same(name, got[f"grad {name}"], expected[f"grad {name}"][layer.local_experts])
+
+
+def compiled(backend: str) -> tuple[int, list[str], str]:
+    """Steps whose number of tokens differs between ranks and from step to step, so that every rank compiles others.
+
+    Returns
+    -------
+    How many graphs were made of the layer alone, the collectives of a compiled model's steps, what fullgraph raises.
+    """
+    generator = torch.Generator().manual_seed(9)
+    whole, graphs = whole_layer(CASE, generator), []
+    layer = ExpertParallel.from_experts(whole)
+    model = torch.nn.Sequential(torch.nn.Linear(40, 40), moe_layer(), torch.nn.Tanh())
+    model[1].experts = layer
+
+    def counting(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    alone, called = copy.deepcopy(layer), torch.compile(model, backend=backend)
+    alone.compile(backend=counting)
+    with Collectives() as counted:
+        for tokens in ([3, 0], [1, 5], [0, 7]):
+            case = CASE._replace(tokens=tokens)
+            given, rank = batch(case, generator), dist.get_rank()
+            mine = slice(sum(tokens[:rank]), sum(tokens[: rank + 1]))
+            layer.zero_grad()
+            alone.zero_grad()
+            eager, results = step(layer, given, mine), []
+            for name, value in step(alone, given, mine).items():
+                same(name, value, eager[name])
+            for run in (model, called):
+                model.zero_grad()
+                x = given.x[mine].clone().requires_grad_()
+                y = run(x)
+                y.backward(given.grad[mine])
+                results.append([y, x.grad, *(p.grad for p in model.parameters())])
+            for one, other in zip(*results, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    try:
+        torch.compile(layer, backend="eager", fullgraph=True)(given.x, given.ids, given.weights)
+    except RuntimeError as error:
+        return len(graphs), counted.calls, str(error)
+    return len(graphs), counted.calls, ""
 
 
 def initial_weights() -> list[Any]:

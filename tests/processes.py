@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["numpy", "torch", "torch.distributed", "pyroute.pytorch", "expert_parallel_ranks"])
+_SERVER.set_forkserver_preload(
+    ["numpy", "torch", "torch.distributed", "torch._dynamo", "pyroute.pytorch", "expert_parallel_ranks"]
+)
 
 TIMEOUT = 60.0  # of the group's collectives
 

@@ -46,6 +46,15 @@ def test_autocast(tmp_path):
     assert values(run_ranks(4, models.under_autocast, store=tmp_path / "store")) == [None] * 4
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_on_every_rank_for_itself(backend, tmp_path):
+    (graphs, calls, error), other = values(run_ranks(2, models.compiled, backend, store=tmp_path / "store"))
+    assert graphs == 0  # nothing of the layer is traced
+    assert calls == other[1]
+    assert len(calls) == 3 * 4 * 7  # a step of the layer and of the model, compiled and not
+    assert "the function `ExpertParallel.forward` should not be traced" in error
+
+
 def test_experts_start_alike_wherever_they_live(tmp_path):
     found = [values(run_ranks(world, models.initial_weights, store=tmp_path / str(world))) for world in (1, 2, 3)]
     weights = found[0][0]

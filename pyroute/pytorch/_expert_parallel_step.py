@@ -100,6 +100,7 @@ class ToExperts(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch._disable_dynamo  # with compiled autograd the backward pass is a graph too
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         x, topk_weights, received, gate_up, *rest = ctx.saved_tensors
@@ -138,6 +139,7 @@ class FromExperts(torch.autograd.Function):
         return unpermute(results, step.route.slots, weights)
 
     @staticmethod
+    @torch._disable_dynamo
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         step: Step = ctx.step
         row_to_token, token_to_row = ctx.saved_tensors

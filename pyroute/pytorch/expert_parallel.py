@@ -140,6 +140,7 @@ class ExpertParallel(GroupedExperts):
             with torch.no_grad():
                 parameter.copy_(drawn)
 
+    @torch._disable_dynamo  # between graphs: whatever a rank compiles, it calls the same collectives
     def forward(
         self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor, shared: Callable[[Tensor], Tensor] | None = None
     ) -> Tensor:
@@ -182,6 +183,7 @@ class ExpertParallel(GroupedExperts):
         y: Tensor = FromExperts.apply(step, token, topk_weights.detach())
         return y if beside is None else y + beside
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def reduce_gradients(self, *, average: bool = False) -> None:
         """Sum the gradients of replicas, so that they stay equal: after the last backward pass of a step, on all ranks.
