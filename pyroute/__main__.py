@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help()
         return 0
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a block character is no reason to die
+        sys.stdout.reconfigure(errors="pyroute_digits")  # a terminal without block characters is no reason to die
     try:
         status: int = args.run(args)
         sys.stdout.flush()

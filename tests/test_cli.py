@@ -357,6 +357,15 @@ def test_an_ascii_terminal_gets_a_report():
     assert run("info", PYTHONIOENCODING="ascii").returncode == 0
 
 
+def test_an_ascii_terminal_gets_pictures_in_digits():
+    asked = ("placement", "zipf:1", "--devices", "7")
+    done, blocks = run(*asked, PYTHONIOENCODING="ascii"), run(*asked, PYTHONIOENCODING="utf-8")
+    assert done.returncode == 0
+    assert "12345678: from nothing" in done.stdout
+    assert done.stdout == blocks.stdout.translate(terminal.IN_ASCII)
+    assert "±".encode("latin-1", "pyroute_digits") + "±█".encode("ascii", "pyroute_digits") == b"\xb1?8"
+
+
 def test_a_closed_pipe_is_silent():
     command = [sys.executable, "-m", "pyroute", "info"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment()) as process:

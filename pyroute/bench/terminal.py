@@ -6,6 +6,7 @@ that computes works without it; only showing a report needs it.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import sys
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 READABLE = 88  # characters: longer lines tire the eye, however wide the terminal
 RAMP = " ▁▂▃▄▅▆▇█"
+PARTS = " ▏▎▍▌▋▊▉"
+IN_ASCII = str.maketrans(RAMP[1:] + PARTS[1:], "12345678" + "1234567")
 INSTALL_RICH = 'needs rich to draw its report: pip install "pyroute-moe[cli]" (or use --json)'
 
 
@@ -29,6 +32,17 @@ class Steps(Protocol):
 
     def __call__(self, what: str, *, begins: bool = True) -> None:
         """The step that begins now, or what goes on inside it."""
+
+
+def _digits(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(IN_ASCII)
+    return text.encode("ascii", "replace").decode("ascii"), error.end
+
+
+# Where the encoding of standard output lacks the blocks of pictures: eighths in digits, "?" for what else it lacks.
+codecs.register_error("pyroute_digits", _digits)
 
 
 def has_rich() -> bool:
@@ -178,4 +192,4 @@ def bar(fraction: float, width: int) -> str:
     """A horizontal bar, in eighths of a character."""
     eighths = round(min(1.0, max(0.0, fraction)) * width * 8)
     full, rest = divmod(eighths, 8)
-    return "█" * full + (" ▏▎▍▌▋▊▉"[rest] if rest else "")
+    return "█" * full + (PARTS[rest] if rest else "")
