@@ -253,3 +253,10 @@ def test_options_are_there(page):
     for command, rest in re.findall(rf"`(?:pyroute )?({'|'.join(known)})\b([^`\n]*)`", page.read_text()):
         for option in re.findall(r"--[a-z][a-z-]*", rest):
             assert option in known[command], f"{command} {option}"
+
+
+def test_every_folder_of_the_package_is_on_the_map():
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    folders = {path.parent.name for path in ROOT.glob("pyroute/*/*.py")}
+    assert len(folders) >= 8
+    assert [name for name in sorted(folders) if f"pyroute/{name}/" not in told] == []
