@@ -69,10 +69,18 @@ def value_error(function: str, argument: str, expected: str, got: object) -> Val
     return ValueError(_sentence(function, argument, expected, str(got)))
 
 
+def unreadable(function: str, argument: str, error: OSError) -> OSError:
+    """The same error for a folder, a link to nothing or no permission, in a sentence."""
+    return type(error)(_sentence(function, argument, "a file that can be read", str(error)))
+
+
 def _sentence(function: str, argument: str, expected: str, got: str) -> str:
     got = " ".join(got.split())
     got = got if len(got) <= _LONGEST else got[:_LONGEST] + "..."
-    return f"{function}: {argument} must be {expected}, got {got}"
+    sentence = f"{function}: {argument} must be {expected}, got {got}"
+    if not sentence.isprintable():  # names in files have any characters
+        sentence = " ".join("".join(c if c.isprintable() else " " for c in sentence).split())
+    return sentence
 
 
 def is_cupy(x: object) -> bool:

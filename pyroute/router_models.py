@@ -162,13 +162,17 @@ def _as_mapping(model_config: Any) -> Mapping[str, Any]:
 
 def _from_file(place: str | os.PathLike[str]) -> Any:
     path = Path(place)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"{_FUNCTION}: model_config must be a file or folder that exists, got {path}")
     try:
+        path = path / "config.json" if path.is_dir() else path
+        if not path.exists():
+            raise FileNotFoundError(f"{_FUNCTION}: model_config must be a file or folder that exists, got {path}")
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # no JSON, or not UTF-8
         raise _check.value_error(_FUNCTION, "model_config", "the path of a JSON file", f"{path} ({error})") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _check.unreadable(_FUNCTION, "model_config", error) from None
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:

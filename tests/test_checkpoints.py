@@ -412,15 +412,26 @@ def test_numbers_that_no_model_has_are_no_numbers(tmp_path, tensors):
     assert pyroute.expert_layers(tmp_path) == {3: 4}
 
 
-@pytest.mark.parametrize("kind", ["folder", "link"])
-def test_a_file_that_cannot_be_read(tmp_path, kind):
-    file = tmp_path / "model.safetensors"
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("model.safetensors", "folder"), ("model.safetensors", "link"), ("config.json", "folder"), (INDEX, "folder")],
+)
+def test_a_file_that_cannot_be_read(tmp_path, tensors, name, kind):
+    if name == "config.json":
+        disk.write(tmp_path, tensors)
     if kind == "folder":
-        file.mkdir()
+        (tmp_path / name).mkdir()
     else:
-        file.symlink_to(tmp_path / "nothing")
-    with pytest.raises(OSError, match=r"^load_experts: file .*model\.safetensors must be one that can be read, got "):
+        (tmp_path / name).symlink_to(tmp_path / "nothing")
+    with pytest.raises(OSError, match=rf"^load_experts: file .*{name} must be a file that can be read, got "):
         load_experts(tmp_path, 3)
+
+
+def test_a_name_of_several_lines_is_one_sentence(tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a\n\x1b[1mb": "../x.safetensors"}}))
+    with pytest.raises(ValueError, match=r"^load_experts: tensor a \[1mb must be in a safetensors file") as caught:
+        load_experts(tmp_path, 3)
+    assert str(caught.value).isprintable()
 
 
 def test_pickles_are_never_read(tmp_path):
@@ -445,6 +456,8 @@ def test_bad_arguments(tmp_path, tensors):
         load_experts(folder, "3")
     with pytest.raises(FileNotFoundError, match="path must be a file or folder that exists"):
         load_experts(folder / "nowhere", 3)
+    with pytest.raises(OSError, match=r"^load_experts: path must be a file that can be read, got .*name too long"):
+        load_experts(folder / ("x" * 5000), 3)
     with pytest.raises(TypeError, match="path must be a file or folder, got int"):
         load_experts(3, 3)
     with pytest.raises(ValueError, match=r"experts\[1\] must be in 3\.\.num_experts \(4\), got 5"):

@@ -233,6 +233,16 @@ def test_a_plan_made_by_hand_is_read_in_full(slots, devices, experts):
         Placement(np.array(slots), devices, experts)
 
 
+def test_an_expert_that_is_none_is_named():
+    with pytest.raises(ValueError, match=r"^Placement: slot_to_expert must be in 0\.\.1, got -1$"):
+        Placement(np.array([[1, 0, -1, 1]]), 2, 2)
+
+
+def test_moves_are_from_a_plan():
+    with pytest.raises(TypeError, match=r"^Placement\.moves_from: previous must be a Placement, got list$"):
+        Placement(np.array([[0, 1]]), 2, 2).moves_from([[0, 1]])
+
+
 # ---- loads ---------------------------------------------------------------------------------------------------------
 
 

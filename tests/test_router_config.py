@@ -426,6 +426,19 @@ def test_model_config_from_a_file_a_folder_and_an_object(tmp_path):
         RouterConfig.from_model_config(tmp_path / "nothing.json")
 
 
+def test_a_file_that_is_no_configuration_is_one_sentence(tmp_path):
+    call = r"^RouterConfig\.from_model_config: model_config must be "
+    for content in ("[" * 100_000, '{"a":' * 100_000, "", "{", '{"num_experts": ' + "9" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ValueError, match=call + r"the path of a JSON file, got .*config\.json \("):
+            RouterConfig.from_model_config(tmp_path)
+    with pytest.raises(OSError, match=call + r"a file that can be read, got .*name too long"):
+        RouterConfig.from_model_config(json.dumps(DEEPSEEK_V3 | {"architectures": ["x" * 5000]}))
+    (tmp_path / "folder" / "config.json").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError, match=call + r"a file that can be read, got .*config\.json"):
+        RouterConfig.from_model_config(tmp_path / "folder")
+
+
 @pytest.mark.parametrize("key", ["text_config", "language_config", "llm_config"])
 def test_model_config_of_a_multimodal_model(key):
     outer = {"model_type": "some_vl", "vision_config": {"hidden_size": 8}, key: DEEPSEEK_V3}
@@ -470,6 +483,8 @@ def test_sampling_top_k_is_not_the_routers():
 def test_two_spellings_that_disagree():
     with pytest.raises(ValueError, match=r"num_experts must be equal to n_routed_experts \(256\), got 64"):
         RouterConfig.from_model_config({**DEEPSEEK_V3, "num_experts": 64})
+    with pytest.raises(ValueError, match=r"num_experts must be equal to n_routed_experts \( \), got 64$"):
+        RouterConfig.from_model_config({**DEEPSEEK_V3, "n_routed_experts": "\n", "num_experts": 64})
 
 
 def test_one_number_per_layer_counts_when_all_are_equal():

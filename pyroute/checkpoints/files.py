@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,11 @@ class Checkpoint:
         self.function, self.path = function, Path(path)
         self._opened: dict[Path, _File] = {}
         library(function)
-        if not self.path.exists():
+        try:
+            exists = self.path.exists()
+        except OSError as error:  # no folder may be entered, or no name is this long
+            raise _check.unreadable(function, "path", error) from None
+        if not exists:
             raise FileNotFoundError(f"{function}: path must be a file or folder that exists, got {self.path}")
         index = self.path / INDEX if self.path.is_dir() else self.path
         if index.suffix == ".json" and index.exists():
@@ -130,7 +135,7 @@ class _File:
         except ValueError as error:
             raise _check.value_error(function, f"file {path}", "an intact safetensors file", str(error)) from None
         except OSError as error:  # a folder, a link to nothing, no permission
-            raise type(error)(f"{function}: file {path} must be one that can be read, got {error}") from None
+            raise _check.unreadable(function, f"file {path}", error) from None
         self.function, self.path = function, path
         self.tensors: dict[str, Any] = {name: entry for name, entry in header.items() if name != "__metadata__"}
 
@@ -148,8 +153,7 @@ class _File:
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
+        twin = Counter(name for name, _ in pairs).most_common(1)[0][0]
         raise ValueError(f"two entries named {twin}")
     return found
 
@@ -159,6 +163,8 @@ def _read_index(function: str, index: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_no_twins)["weight_map"]
         named = {name: index.parent / file for name, file in weight_map.items()}
+    except OSError as error:
+        raise _check.unreadable(function, f"file {index}", error) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         expected = "an index with a weight_map from tensors to files"
         raise _check.value_error(function, f"file {index}", expected, f"{type(error).__name__}: {error}") from None

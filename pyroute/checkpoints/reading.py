@@ -116,6 +116,8 @@ def _config(checkpoint: Checkpoint) -> dict[str, Any]:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise _check.value_error("load_experts", f"file {file}", "JSON", str(error)) from None
+    except OSError as error:
+        raise _check.unreadable("load_experts", f"file {file}", error) from None
     if not isinstance(config, dict):
         raise _check.value_error("load_experts", f"file {file}", "a JSON object", type(config).__name__)
     for part in (config, config.get("text_config") or {}):

@@ -41,7 +41,8 @@ class Placement:
             expected = f"of at least {E} slots a layer, a multiple of {D}"
             raise _check.value_error("Placement", "slot_to_expert", expected, list(slots.shape))
         if slots.size and (slots.min() < 0 or slots.max() >= E):
-            raise _check.value_error("Placement", "slot_to_expert", f"in 0..{E - 1}", int(slots.max()))
+            bad = slots[(slots < 0) | (slots >= E)][0]
+            raise _check.value_error("Placement", "slot_to_expert", f"in 0..{E - 1}", int(bad))
         object.__setattr__(self, "slot_to_expert", np.ascontiguousarray(slots, np.int32))
         if slots.size and (self.replicas == 0).any():
             layer, expert = np.argwhere(self.replicas == 0)[0]
@@ -89,6 +90,8 @@ class Placement:
 
     def moves_from(self, previous: Placement) -> Array:
         """int64 [L]: slots that hold another expert than before, each of which has to be sent its weights."""
+        if not isinstance(previous, Placement):
+            raise _check.type_error("Placement.moves_from", "previous", "a Placement", _check.describe(previous))
         if previous.slot_to_expert.shape != self.slot_to_expert.shape or previous.num_devices != self.num_devices:
             expected = f"of {list(self.slot_to_expert.shape)} slots on {self.num_devices} devices"
             got = f"{list(previous.slot_to_expert.shape)} on {previous.num_devices}"
