@@ -34,14 +34,13 @@ constexpr int max_dynamic_shared_size_bytes = 8; // CUfunction_attribute
 enum CaptureMode : int { capture_global = 0, capture_thread_local = 1, capture_relaxed = 2 };
 enum CaptureStatus : int { capture_none = 0, capture_active = 1, capture_invalidated = 2 };
 
-enum LaunchAttributeId : int { cluster_dimension = 4, programmatic_stream_serialization = 6 };
+enum LaunchAttributeId : int { cluster_dimension = 4 };
 
 union LaunchAttributeValue {
     char pad[64];
     struct {
         uint32_t x, y, z;
     } cluster;
-    int programmatic_stream_serialization_allowed;
     void *alignment;
 };
 
@@ -96,7 +95,6 @@ enum TensorMapFill : int { fill_zero = 0 };
     X(cuLaunchKernelEx, (const LaunchConfig *config, Kernel kernel, void **arguments, void **extra))                   \
     X(cuMemsetD8Async, (Address to, unsigned char value, size_t bytes, CuStream stream))                               \
     X(cuMemcpyDtoHAsync_v2, (void *to, Address from, size_t bytes, CuStream stream))                                   \
-    X(cuOccupancyMaxActiveClusters, (int *clusters, Function function, const LaunchConfig *config))                    \
     X(cuTensorMapEncodeTiled,                                                                                          \
       (TensorMap * map, TensorMapType type, uint32_t rank, void *data, const uint64_t *extents,                        \
        const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides, TensorMapInterleave interleave,  \
@@ -104,7 +102,8 @@ enum TensorMapFill : int { fill_zero = 0 };
 
 // Since CUDA 12.4.
 #define PYROUTE_DRIVER_OPTIONAL_FUNCTIONS(X)                                                                           \
-    X(cuKernelGetParamInfo, (Kernel kernel, size_t index, size_t *offset, size_t *size))
+    X(cuKernelGetParamInfo, (Kernel kernel, size_t index, size_t *offset, size_t *size))                               \
+    X(cuFuncLoad, (Function function))
 
 struct Api {
 #define PYROUTE_DECLARE(name, parameters) Result(*name) parameters;

@@ -119,7 +119,8 @@ class OnCard {
     bool pushed_ = false;
 };
 
-// While it lives this thread may load code although one of its streams is being captured into a graph.
+// While it lives this thread may load code, and ask for more shared memory, although a stream is being captured into a
+// graph, by this thread or, where the capture is global, by another.
 class OutsideCapture {
   public:
     explicit OutsideCapture(const Api &api) : api_(api) { api_.cuThreadExchangeStreamCaptureMode(&mode_); }
@@ -223,6 +224,8 @@ Found &find_kernel(const Api &api, const Card &card, int device, const char *roo
     check(api, api.cuLibraryGetKernel(&kernel, library, name), what);
     driver::Function loaded = nullptr; // into this context now, else by the first launch, which may be captured
     check(api, api.cuKernelGetFunction(&loaded, kernel), what);
+    if (api.cuFuncLoad) // what lazy loading has left of it
+        check(api, api.cuFuncLoad(loaded), what);
     check_arguments(api, kernel, what, args_bytes);
     const std::lock_guard lock(changing);
     if (Found *entry = known(bucket, device, room, name))
@@ -239,6 +242,7 @@ void allow_shared(const Api &api, const Card &card, Found &found, uint32_t bytes
     const std::lock_guard lock(changing);
     if (bytes <= found.shared_allowed.load(std::memory_order_relaxed))
         return;
+    const OutsideCapture asking(api);
     const driver::Result result = api.cuKernelSetAttribute(driver::max_dynamic_shared_size_bytes,
                                                            static_cast<int>(bytes), found.kernel, card.device);
     if (result == driver::invalid_value)
@@ -251,31 +255,28 @@ void allow_shared(const Api &api, const Card &card, Found &found, uint32_t bytes
 
 // The driver's form of a launch; it points into itself.
 struct Config {
-    driver::LaunchAttribute attributes[2] = {};
+    driver::LaunchAttribute cluster = {};
     driver::LaunchConfig config = {};
 
-    Config(const Stream &stream, const LaunchShape &shape, int capability) {
+    Config(const Stream &stream, const LaunchShape &shape) {
         config.grid_x = shape.blocks;
         config.grid_y = shape.blocks_y;
         config.block_x = shape.threads;
         config.grid_z = config.block_y = config.block_z = 1;
         config.shared_bytes = shape.shared_bytes;
         config.stream = stream.handle;
-        config.attributes = attributes;
         if (shape.cluster > 1) {
-            driver::LaunchAttribute &attribute = attributes[config.num_attributes++];
-            attribute.id = driver::cluster_dimension;
-            attribute.value.cluster = {shape.cluster, 1, 1};
-        }
-        if (shape.after_previous_starts && capability >= 90) { // older cards start after it ends
-            driver::LaunchAttribute &attribute = attributes[config.num_attributes++];
-            attribute.id = driver::programmatic_stream_serialization;
-            attribute.value.programmatic_stream_serialization_allowed = 1;
+            cluster.id = driver::cluster_dimension;
+            cluster.value.cluster = {shape.cluster, 1, 1};
+            config.attributes = &cluster;
+            config.num_attributes = 1;
         }
     }
     Config(const Config &) = delete;
     Config &operator=(const Config &) = delete;
 };
+
+thread_local std::string last_launched;
 
 bool may_wait_for(const Api &api, const Stream &stream) {
     driver::CaptureStatus status = driver::capture_none; // an error: another stream is being captured, and the default
@@ -297,6 +298,8 @@ bool checks() {
     }();
     return asked;
 }
+
+std::string last_kernel() { return last_launched; }
 
 void set_image_source(std::function<std::string(const std::string &room, int capability)> source) {
     const std::lock_guard lock(changing);
@@ -340,13 +343,15 @@ void launch(const Stream &stream, const char *room, const char *kernel, const La
     const OnCard current(api, card);
     Found &found = find_kernel(api, card, stream.device, room, kernel, args_bytes);
     allow_shared(api, card, found, shape.shared_bytes);
-    Config config(stream, shape, card.info.capability);
+    const Config config(stream, shape);
     void *arguments[] = {const_cast<void *>(args)};
     const driver::Result result = api.cuLaunchKernelEx(&config.config, found.kernel, arguments, nullptr);
     if (result != driver::success)
         fail(api, result, "kernel " + found.name + " of " + found.room);
-    if (checks())
-        wait_if_asked(api, stream, "kernel " + found.name + " of " + found.room);
+    if (checks()) {
+        last_launched = found.name + " of " + found.room;
+        wait_if_asked(api, stream, "kernel " + last_launched);
+    }
 }
 
 void fill(const Stream &stream, void *to, uint8_t value, size_t bytes) {
@@ -369,21 +374,6 @@ bool read(const Stream &stream, void *to, const void *from, size_t bytes) {
         check(api, api.cuMemcpyDtoHAsync_v2(to, address, bytes, stream.handle), "a copy to the host");
     check(api, api.cuStreamSynchronize(stream.handle), "a copy to the host");
     return true;
-}
-
-int most_active_clusters(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape) {
-    const Api &api = driver::api();
-    Card &card = card_of(api, stream.device);
-    const OnCard current(api, card);
-    Found &found = find_kernel(api, card, stream.device, room, kernel, 0);
-    allow_shared(api, card, found, shape.shared_bytes);
-    const Config config(stream, shape, card.info.capability);
-    int clusters = 0;
-    const std::string what = "clusters of kernel " + found.name + " of " + found.room;
-    driver::Function function = nullptr; // old drivers do not answer for a CUkernel
-    check(api, api.cuKernelGetFunction(&function, found.kernel), what);
-    check(api, api.cuOccupancyMaxActiveClusters(&clusters, function, &config.config), what);
-    return clusters;
 }
 
 TensorMap tensor_map(const Stream &stream, const TensorMapShape &shape) {

@@ -30,7 +30,6 @@ struct LaunchShape {
     uint32_t shared_bytes = 0;
     uint32_t cluster = 1; // blocks per cluster, a divisor of blocks
     uint32_t blocks_y = 1;
-    bool after_previous_starts = false; // programmatic dependent launch: the kernel waits for its inputs by itself
 };
 
 enum class MapType { uint8, bfloat16, float32 };
@@ -63,11 +62,11 @@ std::string why_no_device(); // a sentence; empty if there is one
 const DeviceInfo &device_info(int device);
 
 TensorMap tensor_map(const Stream &stream, const TensorMapShape &shape);
-int most_active_clusters(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape);
 
 // PYROUTE_CHECK=1 in the environment, asked once: launches wait for their kernels, unless the stream is being captured,
 // so that one that fails is named by the call that launched it, and Python looks at ids and offsets.
 bool checks();
+std::string last_kernel(); // with checks, the one that this thread launched last, for what says which kernel was wrong
 
 // No blocks: no launch.
 void launch(const Stream &stream, const char *room, const char *kernel, const LaunchShape &shape, const void *args,

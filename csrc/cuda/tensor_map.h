@@ -6,7 +6,7 @@
 
 namespace pyroute::cuda {
 
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap { // 64 would do on Hopper; cuda.h says 128 since CUDA 13
     uint64_t opaque[16];
 };
 

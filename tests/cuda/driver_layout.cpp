@@ -5,6 +5,7 @@
 #include <cuda.h>
 
 #include "cuda/driver.h"
+#include "cuda/tensor_map.h"
 
 namespace driver = pyroute::cuda::driver;
 
@@ -36,7 +37,6 @@ SAME(driver::capture_none, CU_STREAM_CAPTURE_STATUS_NONE);
 SAME(driver::capture_active, CU_STREAM_CAPTURE_STATUS_ACTIVE);
 SAME(driver::capture_invalidated, CU_STREAM_CAPTURE_STATUS_INVALIDATED);
 SAME(driver::cluster_dimension, CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION);
-SAME(driver::programmatic_stream_serialization, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION);
 SAME(driver::map_uint8, CU_TENSOR_MAP_DATA_TYPE_UINT8);
 SAME(driver::map_float32, CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
 SAME(driver::map_bfloat16, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
@@ -56,8 +56,6 @@ SAME(offsetof(driver::LaunchAttribute, value), offsetof(CUlaunchAttribute, value
 SAME(sizeof(driver::LaunchAttributeValue), sizeof(CUlaunchAttributeValue));
 SAME(offsetof(driver::LaunchAttributeValue, cluster), offsetof(CUlaunchAttributeValue, clusterDim));
 SAME(sizeof(driver::LaunchAttributeValue::cluster), sizeof(CUlaunchAttributeValue::clusterDim));
-SAME(offsetof(driver::LaunchAttributeValue, programmatic_stream_serialization_allowed),
-     offsetof(CUlaunchAttributeValue, programmaticStreamSerializationAllowed));
 
 SAME(sizeof(driver::LaunchConfig), sizeof(CUlaunchConfig));
 SAME(alignof(driver::LaunchConfig), alignof(CUlaunchConfig));
@@ -72,6 +70,8 @@ SAME(offsetof(driver::LaunchConfig, num_attributes), offsetof(CUlaunchConfig, nu
 
 SAME(sizeof(driver::TensorMap), sizeof(CUtensorMap));
 static_assert(alignof(driver::TensorMap) >= alignof(CUtensorMap));
+SAME(sizeof(pyroute::cuda::TensorMap), sizeof(CUtensorMap)); // as kernels take it
+static_assert(alignof(pyroute::cuda::TensorMap) >= alignof(CUtensorMap));
 
 // Parameter by parameter: pointers for pointers, otherwise values of one size and kind.
 template <class Ours, class Theirs> constexpr bool passed_alike() {

@@ -330,7 +330,7 @@ driver.cuStreamCreate(ctypes.byref(stream), 0)
 given, made = to_device(x), to_device(np.zeros(256, np.uint32))
 args = np.array([made.pointer, given.pointer, 0], np.uint64).tobytes()
 assert driver.cuStreamBeginCapture_v2(stream, 0) == 0
-cuda.launch(0, stream.value, "probes", "probe_barrier", 1, 256, args)
+cuda.launch(0, stream.value, "probes", "probe_barrier", 1, 256, args, shared_bytes=200 << 10)
 assert not to_host(made).any()
 assert driver.cuStreamEndCapture(stream, ctypes.byref(graph)) == 0
 assert driver.cuGraphInstantiateWithFlags(ctypes.byref(executable), graph, ctypes.c_uint64(0)) == 0
@@ -356,3 +356,5 @@ def test_check_names_the_kernel_that_failed():
     assert run(code, PYROUTE_CHECK="1").startswith(expected)
     for off in ("", "0"):
         assert run(code, PYROUTE_CHECK=off) == "nothing raised"
+    assert run("launch(); print(cuda.last_kernel())", PYROUTE_CHECK="1") == "probe_barrier of probes"
+    assert run("launch(); print(cuda.last_kernel())", PYROUTE_CHECK="0") == ""

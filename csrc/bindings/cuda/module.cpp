@@ -58,6 +58,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
         py::arg("device"), py::arg("stream"), py::arg("room"), py::arg("kernel"), py::arg("blocks"), py::arg("threads"),
         py::arg("args"), py::arg("shared_bytes") = 0, py::arg("cluster") = 1);
     module.attr("checks") = cuda::checks();
+    module.def("last_kernel", &cuda::last_kernel); // with checks: the one that this thread launched last
     module.def(
         "read", // None while the stream is captured
         [](int device, uintptr_t stream, uintptr_t address, size_t num_bytes) -> py::object {

@@ -147,7 +147,7 @@ void copies_of_exiting_block(Block &block) {
 
 const TensorMap &checked_map(const void *map, const char *word) {
     const auto &checked = *static_cast<const TensorMap *>(map);
-    if (reinterpret_cast<uintptr_t>(map) % 64 || checked.mark != TensorMap::written)
+    if (reinterpret_cast<uintptr_t>(map) % 128 || checked.mark != TensorMap::written)
         fail(std::string(word) + " with something that is no tensor map");
     if (checked.swizzle_bytes && checked.box_cols * checked.item_bytes != checked.swizzle_bytes)
         fail(std::string(word) + ": rows of a box that are narrower than the swizzle are not emulated");

@@ -37,7 +37,7 @@ using CUkernel = struct CUkern_st *;
 using CUfunction = struct CUfunc_st *;
 
 struct CUlaunchAttribute {
-    int id; // 4: cluster dimension, 6: programmatic stream serialisation
+    int id; // 4: cluster dimension
     char padding[4];
     union {
         char bytes[64];

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -25,6 +26,7 @@ struct State {
     std::mutex mutex;
     std::map<std::string, int> failures; // by entry point: what its next call returns
     std::map<const Kernel *, int> dynamic_shared;
+    std::set<const Kernel *> loaded;
     std::map<std::string, int> calls; // by entry point
     std::string sentence;
     std::string launched; // names of kernels, one a line
@@ -130,9 +132,9 @@ std::string objection(const Kernel &kernel, const CUlaunchConfig &config) {
     const unsigned cluster = cluster_of(config);
     for (unsigned i = 0; i < config.num_attributes; ++i) {
         const CUlaunchAttribute &attribute = config.attributes[i];
-        if (attribute.id != 4 && attribute.id != 6)
+        if (attribute.id != 4)
             return "a launch attribute that is not emulated: " + std::to_string(attribute.id);
-        if (attribute.id == 4 && (attribute.value.cluster.y != 1 || attribute.value.cluster.z != 1))
+        if (attribute.value.cluster.y != 1 || attribute.value.cluster.z != 1)
             return "a cluster that is not one-dimensional";
         if (emulated_arch() < 90)
             return "launch attributes of compute capability 9.0 on an older device";
@@ -341,6 +343,9 @@ EXPORT CUresult cuCtxPopCurrent_v2(CUcontext *context) {
 
 static thread_local int capture_mode = 0; // 2: relaxed
 
+// Calls that load break a capture on a GPU: one of this thread's, or a global one (PyTorch's) of any thread's.
+static bool breaks_a_capture() { return capturing() && capture_mode != 2; }
+
 EXPORT CUresult cuThreadExchangeStreamCaptureMode(int *mode) {
     BEGIN(cuThreadExchangeStreamCaptureMode);
     std::swap(*mode, capture_mode);
@@ -353,7 +358,7 @@ EXPORT CUresult cuLibraryLoadData(CUlibrary *library, const void *, void *, void
     BEGIN(cuLibraryLoadData);
     if (contexts.empty())
         return CUDA_ERROR_INVALID_CONTEXT;
-    if (capturing() && capture_mode != 2) // what breaks a capture on a GPU
+    if (breaks_a_capture())
         return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     *library = reinterpret_cast<CUlibrary>(&any);
     return CUDA_SUCCESS;
@@ -377,12 +382,25 @@ EXPORT CUresult cuKernelGetParamInfo(CUkernel kernel, size_t index, size_t *offs
 
 EXPORT CUresult cuKernelGetFunction(CUfunction *function, CUkernel kernel) {
     BEGIN(cuKernelGetFunction);
+    if (breaks_a_capture())
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     *function = reinterpret_cast<CUfunction>(kernel);
+    return CUDA_SUCCESS;
+}
+
+EXPORT CUresult cuFuncLoad(CUfunction function) {
+    BEGIN(cuFuncLoad);
+    if (breaks_a_capture())
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    const std::lock_guard<std::mutex> lock(state().mutex);
+    state().loaded.insert(reinterpret_cast<const Kernel *>(function));
     return CUDA_SUCCESS;
 }
 
 EXPORT CUresult cuKernelSetAttribute(int attribute, int value, CUkernel kernel, CUdevice) {
     BEGIN(cuKernelSetAttribute);
+    if (breaks_a_capture())
+        return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
     if (attribute != 8 || value < 0 || value > most_shared()) // 8: the most dynamic shared memory
         return CUDA_ERROR_INVALID_VALUE;
     const std::lock_guard<std::mutex> lock(state().mutex);
@@ -425,6 +443,11 @@ EXPORT CUresult cuLaunchKernelEx(const CUlaunchConfig *config, CUfunction functi
     const std::string wrong = extra ? "a launch with 'extra'" : objection(kernel, *config);
     if (!wrong.empty())
         return refuse(CUDA_ERROR_INVALID_VALUE, std::string(kernel.name) + ": " + wrong);
+    if (capturing()) { // lazy loading has no place in a graph
+        const std::lock_guard<std::mutex> lock(state().mutex);
+        if (!state().loaded.count(&kernel))
+            return CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    }
     // The launch keeps a copy of its arguments.
     const char *given = static_cast<const char *>(arguments[0]);
     const auto work = [&kernel, config = *config, cluster = cluster_of(*config),
@@ -441,13 +464,4 @@ EXPORT CUresult cuMemsetD8Async(CUdeviceptr to, unsigned char value, size_t byte
         return CUDA_SUCCESS;
     };
     return captured(stream, work) ? CUDA_SUCCESS : work();
-}
-
-EXPORT CUresult cuOccupancyMaxActiveClusters(int *clusters, CUfunction function, const CUlaunchConfig *config) {
-    BEGIN(cuOccupancyMaxActiveClusters);
-    const std::string wrong = objection(*reinterpret_cast<const Kernel *>(function), *config);
-    if (!wrong.empty())
-        return refuse(CUDA_ERROR_INVALID_VALUE, wrong);
-    *clusters = num_sms() / static_cast<int>(cluster_of(*config));
-    return CUDA_SUCCESS;
 }

@@ -27,8 +27,8 @@ struct Request {
 
 std::string objection(const void *map, const Request &ask) {
     const uint32_t item = item_bytes(ask.type);
-    if (reinterpret_cast<uintptr_t>(map) % 64)
-        return "the map's address is no multiple of 64";
+    if (reinterpret_cast<uintptr_t>(map) % 128)
+        return "the map's address is no multiple of 128";
     if (ask.rank != 2 || ask.interleave != 0)
         return "only two axes without interleaving are emulated";
     if (!item)
