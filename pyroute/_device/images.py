@@ -91,9 +91,9 @@ def image(room: str, capability: int, driver_version: int) -> bytes:
     return cubin(compiler, room, arch(capability))
 
 
-def cubin(compiler: nvrtc.Compiler, room: str, code: str) -> bytes:
-    """NVRTC's cubin, from the disk if it was made before; one thread at a time."""
-    options = options_for(code)
+def cubin(compiler: nvrtc.Compiler, room: str, code: str, *more: str) -> bytes:
+    """NVRTC's cubin, from the disk if it was made before; one thread at a time. ``more``: options beside the usual."""
+    options = [*options_for(code), *more]
     with _compiling:
         path = _cached(room, code, _digest(room, compiler.version, options))
         if path and (kept := _read(path)):

@@ -27,14 +27,21 @@ class Compiler(NamedTuple):
     compile: Callable[[bytes, str, list[str]], bytes]
 
 
+OLDEST = (12, 1)  # 12.0 ends the process by a segmentation fault on every file, for sm_90a
+
+
 @functools.cache
 def find(newest_major: int) -> Compiler | None:
     """The newest NVRTC whose cubins a driver of this CUDA major version takes, or None."""
-    found = [compiler for path in _libraries() if (compiler := _load(path)) and compiler.version[0] <= newest_major]
+    found = [compiler for path in _libraries() if (compiler := _load(path)) and serves(compiler, newest_major)]
     if found:
         return max(found, key=lambda compiler: compiler.version)
     compiler = _through_cupy()
-    return compiler if compiler and compiler.version[0] <= newest_major else None
+    return compiler if compiler and serves(compiler, newest_major) else None
+
+
+def serves(compiler: Compiler, newest_major: int) -> bool:
+    return compiler.version >= OLDEST and compiler.version[0] <= newest_major
 
 
 def _libraries() -> Iterator[str]:

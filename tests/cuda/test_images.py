@@ -62,8 +62,11 @@ def test_subnormals_are_kept(room):
         assert not bad, kernel
 
 
-@pytest.mark.parametrize(("room", "arch"), CUBINS)
-def test_nvrtc_takes_every_source_without_a_warning(room, arch):
+TRAPS = ("sm90/grouped_gemm", "sm_90a", "-DPYROUTE_HANG_TRAP")  # tests/cuda/real.py makes these where a product hangs
+
+
+@pytest.mark.parametrize(("room", "arch", "more"), [*((*cubin, "-DPLAIN") for cubin in CUBINS), TRAPS])
+def test_nvrtc_takes_every_source_without_a_warning(room, arch, more):
     """To PTX that is not optimised, in a fifth of the time: what comes after the language is the same as nvcc's."""
     compiler = compiled.compiler()
     if compiler.where == "CuPy":
@@ -71,7 +74,7 @@ def test_nvrtc_takes_every_source_without_a_warning(room, arch):
     library = ctypes.CDLL(compiler.where)
     source = (compiled.SOURCES / f"{room}.cu").read_bytes()
     flags = [flag for flag in images.options_for(arch.replace("sm_", "compute_")) if flag != "-lineinfo"]
-    options = [flag.encode() for flag in (*flags, "-G")]
+    options = [flag.encode() for flag in (*flags, more, "-G")]
     program = ctypes.c_void_p()
     assert library.nvrtcCreateProgram(ctypes.byref(program), source, room.encode(), 0, None, None) == 0
     result = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
@@ -89,6 +92,22 @@ def test_nvrtc_through_cupy_gives_the_same_bytes():
     for arch in ARCHS:
         options = images.options_for(arch)
         assert through.compile(source, "permutation.cu", options) == direct.compile(source, "permutation.cu", options)
+
+
+def test_an_nvrtc_that_crashes_or_is_newer_than_the_driver_is_not_used(monkeypatch):
+    compilers = {name: nvrtc.Compiler(version, name, None) for name, version in VERSIONS.items()}
+    monkeypatch.setattr(nvrtc, "_load", compilers.get)
+    monkeypatch.setattr(nvrtc, "_through_cupy", lambda: compilers["crashes"])
+    for found, expected in (
+        (["crashes", "old", "new"], {12: "old", 13: "new"}),
+        (["new", "crashes"], {12: None, 13: "new"}),
+    ):
+        monkeypatch.setattr(nvrtc, "_libraries", lambda found=found: iter(found))
+        for major, name in expected.items():
+            assert nvrtc.find.__wrapped__(major) == (name and compilers[name])
+
+
+VERSIONS = {"crashes": (12, 0), "old": (12, 1), "new": (13, 0)}
 
 
 def test_an_error_of_nvrtc_is_one_sentence():

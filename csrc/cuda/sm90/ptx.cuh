@@ -168,6 +168,12 @@ PYROUTE_DEVICE uint32_t cluster_rank() {
 PYROUTE_DEVICE void sync_cluster() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;\n" ::: "memory");
 }
+// Cycles of this SM's clock.
+PYROUTE_DEVICE uint64_t clock_cycles() {
+    uint64_t cycles;
+    asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles)::"memory");
+    return cycles;
+}
 // Ends the kernel with an error.
 [[noreturn]] PYROUTE_DEVICE void stop_kernel() {
     asm volatile("trap;");

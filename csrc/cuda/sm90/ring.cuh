@@ -5,7 +5,7 @@
 // all tiles: the loader waits for empty of the phase before (free at once in the first lap), math warps for full of
 // this one.
 //
-// PYROUTE_HANG_TRAP: a build for finding protocol errors. A wait that takes billions of cycles writes {what is waited
+// PYROUTE_HANG_TRAP: a build for finding protocol errors. A wait of four billion cycles writes {what is waited
 // for, thread, stage, phase, tile m, tile n} into the block's 8 words of hang_report and stops the kernel; the words
 // lie in pinned host memory, which outlives the stop.
 #pragma once
@@ -41,8 +41,9 @@ struct Ring {
     }
     PYROUTE_DEVICE void wait(SharedAddress barrier, uint32_t parity, Waits what) const {
 #if defined(PYROUTE_HANG_TRAP)
-        for (uint32_t tries = 0; !barrier_try_wait(barrier, parity); ++tries)
-            if (tries == 1u << 22)
+        const uint64_t start = clock_cycles();
+        while (!barrier_try_wait(barrier, parity))
+            if (clock_cycles() - start > 4000000000u) // two seconds; how long a try takes, nobody says
                 stop(what);
 #else
         static_cast<void>(what);
