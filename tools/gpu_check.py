@@ -9,7 +9,7 @@
 
 On a machine that is had for ten minutes at a time, what tells most first, then everything else:
 
-    python tools/gpu_check.py --json first.json --stage build,device,exact,graphs,repeats,bench
+    python tools/gpu_check.py --json first.json --stage build,device,probe,exact,graphs,repeats,bench
     python tools/gpu_check.py --json second.json --seconds 560 \\
         --stage build,device,tests,pytorch,cupy,memcheck,racecheck,initcheck,synccheck,nvrtc
 
@@ -57,6 +57,10 @@ def child(name: str) -> tuple[str, ...]:
     return (sys.executable, HERE, name)
 
 
+def cases(module: str) -> tuple[str, ...]:
+    return (sys.executable, str(ROOT / "tools/gpu_cases.py"), module)
+
+
 # the script where there is one: `python -m pytest` would import the source tree before an installed package
 _SCRIPT = Path(sys.executable).parent / "pytest"
 # what the packages of that machine deprecate is no error of ours, nor is a plugin that they lack
@@ -76,7 +80,8 @@ def pytest(*arguments: str, seconds: int) -> tuple[str, ...]:
 STAGES = (
     Stage("build", 240, (), True, True, child("build")),
     Stage("device", 60, ("build",), True, True, child("device")),
-    Stage("exact", 90, ("device",), True, True, child("exact")),
+    Stage("probe", 90, ("device",), True, True, cases("gpu_probe")),
+    Stage("exact", 120, ("device",), True, True, cases("gpu_exact")),
     Stage("graphs", 60, ("device",), True, True, pytest("tests/cuda/test_graph_capture.py", seconds=60)),
     Stage("repeats", 60, ("device",), True, True, child("repeats")),
     Stage("bench", 240, ("device",), True, True, child("bench"), "torch"),
@@ -216,7 +221,7 @@ def write(args: argparse.Namespace, folder: str, results: list[Result]) -> None:
         return
     found: dict[str, Any] = {
         name: json.loads(path.read_text())
-        for name in ("device", "bench")
+        for name in ("device", "probe", "exact", "bench")  # of probe and exact what was not right
         if (path := Path(folder, f"{name}.json")).exists()
     }
     stages = [result._replace(output=result.output[-OUTPUT_KEPT:])._asdict() for result in results]

@@ -76,6 +76,16 @@ def library() -> ctypes.CDLL:
     return emulator
 
 
+def trap_hangs() -> None:
+    """On a real GPU products stop where they would wait for ever; the emulator reports a deadlock by itself."""
+    if REAL:
+        real.trap_hangs()
+
+
+def told_of_hangs() -> str:
+    return real.told_of_hangs()
+
+
 def restart() -> None:
     """The orders of threads from here on depend on the seed alone, and not on launches before."""
     if not REAL:
@@ -183,8 +193,16 @@ class _Config(ctypes.Structure):
                 ("num_attributes", ctypes.c_uint32)]  # fmt: skip
 
 
+def padded(args: ctypes.Structure) -> bytes:
+    """As the kernel's struct ends: at a multiple of a tensor map's 128 bytes, if it holds one."""
+    maps = any(ctypes.sizeof(field[1]) == 128 for field in args._fields_)
+    return bytes(args).ljust(-(-ctypes.sizeof(args) // 128) * 128 if maps else 0, b"\0")
+
+
 def launch(kernel: str, args: ctypes.Structure, *, blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> str:
     """Runs a kernel of the emulator's own tests; returns an empty string, or the sentence of its failure."""
+    if REAL:
+        return real.launch(kernel, padded(args), blocks=blocks, threads=threads, shared=shared, cluster=cluster)
     emulator = library()
     function, context = ctypes.c_void_p(), ctypes.c_void_p()
     emulator.cuInit(0)
@@ -195,7 +213,8 @@ def launch(kernel: str, args: ctypes.Structure, *, blocks: int, threads: int, sh
     emulator.cuKernelSetAttribute(8, shared, function, 0)
     attribute = (ctypes.c_uint32 * 18)(4, 0, cluster, 1, 1)
     config = _Config((blocks, 1, 1, threads, 1, 1, shared), None, ctypes.addressof(attribute), int(cluster > 1))
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(args))
+    given = ctypes.create_string_buffer(padded(args))
+    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(given))
     result = emulator.cuLaunchKernelEx(ctypes.byref(config), function, arguments, None)
     emulator.cuCtxPopCurrent_v2(ctypes.byref(context))
     return emulator.pyroute_emulator_sentence().decode() if result else ""

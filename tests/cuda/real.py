@@ -8,7 +8,9 @@ PYROUTE_TEST_BAND=0 leaves bands and poison out, for compute-sanitizer: it knows
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -59,8 +61,86 @@ def read(address: int, num_bytes: int) -> bytes:
     return bytes_.raw[:num_bytes]
 
 
+def finish() -> None:
+    """Waits for every kernel; raises if one failed."""
+    call(driver().cuCtxSynchronize)
+
+
 def _size(num_bytes: int) -> ctypes.c_size_t:
     return ctypes.c_size_t(num_bytes)
+
+
+PROBES = "probes_sm90"  # the emulator's own kernels of Hopper's words, which a card runs too
+
+
+@functools.cache
+def launcher() -> Any:
+    """pyroute's, which finds the probes' kernels beside its own."""
+    from pyroute import _backend
+    from pyroute._device import images, nvrtc
+
+    def image(room: str, capability: int) -> bytes:
+        version = _backend.cuda.driver_version()
+        if room != PROBES or images.route(capability, version).how == "emulated":
+            return images.image(room, capability, version)
+        compiler = nvrtc.find(version // 1000)
+        if compiler is None:
+            raise RuntimeError("the probes need NVRTC")
+        source = Path(__file__).with_name("emulator") / f"{PROBES}.cu"
+        return compiler.compile(source.read_bytes(), source.name, images.options_for(images.arch(capability)))
+
+    _backend.cuda.set_image_source(image)
+    return _backend.cuda
+
+
+def launch(kernel: str, args: bytes, *, blocks: int, threads: int, shared: int, cluster: int) -> str:
+    """Runs a kernel of the probes; an empty string, or the sentence of its failure."""
+    try:
+        launcher().launch(0, 0, PROBES, kernel, blocks, threads, args, shared, cluster)
+        finish()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def trap_hangs() -> None:
+    """From here on Hopper's products stop where they would wait for ever, and tell where (csrc/cuda/sm90/ring.cuh)."""
+    from pyroute import _backend
+    from pyroute._device import images, nvrtc
+
+    global _hangs
+    words, cuda = ctypes.c_void_p(), _backend.cuda
+    call(driver().cuMemHostAlloc, ctypes.byref(words), _size(4 * _HANG_WORDS), 3)  # of every context, and mapped
+    _hangs = np.ctypeslib.as_array(ctypes.cast(words, ctypes.POINTER(ctypes.c_uint32)), (_HANG_WORDS // 8, 8))
+    _hangs[:] = 0
+    cuda.report_hangs_to(words.value)
+
+    def image(room: str, capability: int) -> bytes:
+        version = cuda.driver_version()
+        compiler = nvrtc.find(version // 1000)
+        if not room.startswith("sm90/") or images.route(capability, version).how == "emulated":
+            return images.image(room, capability, version)
+        if compiler is None:
+            raise RuntimeError("trapping kernels need NVRTC")
+        return images.cubin(compiler, room, images.arch(capability), "-DPYROUTE_HANG_TRAP")
+
+    cuda.set_image_source(image)
+
+
+_HANG_WORDS = 8 * 1024  # 8 for each block
+_hangs = np.zeros((0, 8), np.uint32)
+
+
+def told_of_hangs() -> str:
+    """What trapping kernels waited for: the first blocks of those that stopped."""
+    stopped = np.flatnonzero(_hangs[:, 0])
+    words = [
+        f"block {block}, thread {thread} waits for {('', 'full', 'empty')[what]} of stage {stage} in phase {phase}, "
+        f"tile ({m}, {n})"
+        for block in stopped[:4]
+        for what, thread, stage, phase, m, n in [_hangs[block, :6].tolist()]
+    ]
+    return f"{len(stopped)} blocks hang: {'; '.join(words)}" if words else ""
 
 
 class Region:

@@ -114,6 +114,11 @@ EXPORT CUresult cuMemAlloc_v2(CUdeviceptr *address, size_t bytes) {
     return memory ? begin("cuMemAlloc_v2") : CUDA_ERROR_OUT_OF_MEMORY;
 }
 
+EXPORT CUresult cuMemHostAlloc(void **memory, size_t bytes, unsigned) {
+    *memory = std::calloc(bytes, 1);
+    return *memory ? CUDA_SUCCESS : CUDA_ERROR_OUT_OF_MEMORY;
+}
+
 EXPORT CUresult cuMemFree_v2(CUdeviceptr address) {
     std::free(reinterpret_cast<void *>(address));
     return CUDA_SUCCESS;
