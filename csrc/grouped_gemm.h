@@ -29,6 +29,7 @@ struct GroupedGemmArgs {
     // expert_offsets is null, num_rows E * rows_per_expert.
     const int32_t *tokens_per_expert = nullptr; // [E], or null: expert_offsets say it
     int64_t rows_per_expert = 0;
+    bool segments_only = false; // on a GPU: rows past the last segment are not written
 };
 
 struct GroupedGemmWgradArgs {

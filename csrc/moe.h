@@ -2,7 +2,8 @@
 // experts' biases. The layer itself is a composition of rooms and lives in pyroute/moe.py.
 //
 // Row is float, or uint16_t holding bfloat16 bits; arithmetic is float32 in both cases. Sizes: R rows in expert order,
-// E experts, I intermediate, P pre-activations per row (2I: gate first, then up; I without a gate), N columns.
+// E experts, I intermediate, P pre-activations per row (2I: gate first, then up; I without a gate), N columns. On a GPU
+// rows behind the last segment are not written, padding or not.
 #pragma once
 
 #include <stdint.h>

@@ -25,7 +25,8 @@ class MoeSaved:
     """What :func:`moe_backward` needs of one forward call; made by ``moe_forward(..., return_saved=True)``.
 
     Of its own it holds the plan and ``gate_up``, the rows between the first GEMM and the activation: per token
-    ``top_k * (2 * intermediate * itemsize + 8)`` bytes, padding aside. x, the weights and the biases are the caller's
+    ``top_k * (2 * intermediate * itemsize + 8)`` bytes, padding aside. On a GPU rows of ``gate_up`` past
+    ``plan.expert_offsets[-1]`` are not written and hold anything. x, the weights and the biases are the caller's
     arrays and must not change before the backward pass; everything else is computed again.
     """
 

@@ -188,12 +188,7 @@ class Fp8Array:
         """
         if _backend.choose("with_transposed_codes", None, self.codes, self.scales) != "cuda":
             return self
-        copy = _device_gemm.transposed_codes(self)
-        if copy is None:
-            return self
-        q = unchecked_fp8(self.codes, self.scales, self.block, self.format, None)
-        object.__setattr__(q, "codes_transposed", copy)
-        return q
+        return beside_transposed(self, _device_gemm.transposed_codes(self))
 
     def scales_column_major(self) -> Array:
         """The scales in the layout that Hopper's copy engine (TMA) reads, as DeepGEMM expects them.
@@ -221,6 +216,15 @@ def unchecked_fp8(
     fields = {"codes": codes, "scales": scales, "block": block, "format": format, "expert_offsets": expert_offsets}
     object.__setattr__(q, "__dict__", fields)
     return q
+
+
+def beside_transposed(q: Fp8Array, codes_transposed: Array | None) -> Fp8Array:
+    """``q`` with what :meth:`Fp8Array.with_transposed_codes` made of the same codes."""
+    if codes_transposed is None:
+        return q
+    both = unchecked_fp8(q.codes, q.scales, q.block, q.format, None)
+    object.__setattr__(both, "codes_transposed", codes_transposed)
+    return both
 
 
 def quantize_fp8(
@@ -294,6 +298,18 @@ def quantize_fp8(
             codes, scales = _array.quantize(_backend.array_module(x), x, cut, format, power_of_two, segments)
             codes = codes if _check.is_cupy(codes) else codes.view(_backend.FLOAT8[format])
     return unchecked_fp8(codes, scales, block, format, expert_offsets)
+
+
+def quantize_segments(
+    rows: Array, block: tuple[int, int], scale_format: ScaleFormat, expert_offsets: Array
+) -> Fp8Array:
+    """``rows`` [R, cols] of a layer on a GPU in e4m3; those past the last segment are neither read nor written.
+
+    Blocks of several rows restart at the segments.
+    """
+    shape, cut = _scales_shape(rows.shape, block, expert_offsets), _within(block, rows.shape)
+    codes, scales = _device.quantize(rows, cut, "e4m3", scale_format == "ue8m0", expert_offsets, shape, True)
+    return unchecked_fp8(codes, scales, block, "e4m3", expert_offsets if block[0] > 1 else None)
 
 
 def dequantize_fp8(q: Fp8Array, dtype: Any = "float32", *, backend: str | None = None) -> Array:

@@ -12,6 +12,7 @@ struct GemmRows {
     int64_t num_rows, num_experts;
     const int32_t *tokens_per_expert; // or null; the masked layout, as in GroupedGemmArgs
     int64_t rows_per_expert;
+    bool segments_only; // no tiles for the rows past the last segment
 };
 
 struct GemmPlanArgs {

@@ -108,7 +108,8 @@ PYROUTE_DEVICE void plan_grouped_gemm(const GemmPlanArgs &args) {
     if (!args.plan.tiles)
         return;
     const int64_t experts = args.rows.num_experts, of_experts = args.plan.tile_starts[experts];
-    const int64_t rest = args.rows.num_rows - args.plan.offsets[experts]; // none in the masked layout
+    // past the last segment; none in the masked layout
+    const int64_t rest = args.rows.segments_only ? 0 : args.rows.num_rows - args.plan.offsets[experts];
     const int64_t num_tiles = of_experts + divide_up(rest, args.tile_rows);
     if (threadIdx.x == 0)
         *args.plan.num_tiles = num_tiles;

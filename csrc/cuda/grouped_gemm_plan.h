@@ -30,10 +30,11 @@ GemmPlan make_plan(const Stream &stream, Cutter &workspace, const GemmRows &rows
                    const GemmOperand *const (&restarting)[2]);
 
 inline GemmRows rows_of(const GroupedGemmArgs &args) {
-    return {args.expert_offsets, args.num_rows, args.num_experts, args.tokens_per_expert, args.rows_per_expert};
+    return {args.expert_offsets,    args.num_rows,        args.num_experts,
+            args.tokens_per_expert, args.rows_per_expert, args.segments_only};
 }
 inline GemmRows rows_of(const GroupedGemmWgradArgs &args) {
-    return {args.expert_offsets, args.num_rows, args.num_experts, nullptr, 0};
+    return {args.expert_offsets, args.num_rows, args.num_experts, nullptr, 0, true};
 }
 
 } // namespace pyroute::cuda

@@ -21,7 +21,7 @@ namespace pyroute::cuda {
 template <class Type, Form form> PYROUTE_DEVICE void activate(const ActivateLaunch<typename Type::Storage> &args) {
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
     const int64_t row = thread / args.row_threads, column = thread % args.row_threads * 8;
-    if (row >= args.experts.num_rows)
+    if (row >= used_rows(args.experts))
         return;
     const int64_t expert = expert_of(args.experts, row, has_bias(args.op.bias));
     float hidden[8] = {};
@@ -41,7 +41,7 @@ template <class Type, Form form>
 PYROUTE_DEVICE void activate_quantize(const ActivateLaunch<typename Type::Storage> &args) {
     const uint32_t thread = blockIdx.x * blockDim.x + threadIdx.x;
     const int64_t row = thread / args.row_threads, column = thread % args.row_threads * 16;
-    if (row >= args.experts.num_rows) // whole blocks: row_threads is a multiple of 8
+    if (row >= used_rows(args.experts)) // whole blocks: row_threads is a multiple of 8
         return;
     const int64_t inner = args.op.intermediate, expert = expert_of(args.experts, row, has_bias(args.op.bias));
     float hidden[16] = {};
@@ -107,7 +107,7 @@ PYROUTE_DEVICE void activate_backward(const ActivateBackwardLaunch<typename Type
     constexpr bool gated = form != Form::relu2;
     const auto &forward = args.op.forward;
     const int64_t row = row_of_warp(), inner = forward.intermediate, width = gated ? 2 * inner : inner;
-    if (row >= args.experts.num_rows)
+    if (row >= used_rows(args.experts))
         return;
     const int64_t expert = expert_of(args.experts, row, has_bias(forward.bias));
     const float weight = forward.row_weights ? forward.row_weights[row] : 1.0f;
@@ -152,7 +152,7 @@ PYROUTE_DEVICE void activate_backward(const ActivateBackwardLaunch<typename Type
 
 template <class Type> PYROUTE_DEVICE void add_bias(const AddBiasLaunch<typename Type::Storage> &args) {
     const int64_t row = row_of_warp(), columns = args.op.columns;
-    const int64_t expert = row < args.experts.num_rows ? expert_of(args.experts, row, true) : -1;
+    const int64_t expert = row < used_rows(args.experts) ? expert_of(args.experts, row, true) : -1;
     if (expert < 0)
         return;
     const float weight = args.op.row_weights ? args.op.row_weights[row] : 1.0f;
@@ -163,7 +163,7 @@ template <class Type> PYROUTE_DEVICE void add_bias(const AddBiasLaunch<typename 
 
 template <class Type> PYROUTE_DEVICE void bias_dot(const BiasDotLaunch<typename Type::Storage> &args) {
     const int64_t row = row_of_warp(), columns = args.op.columns;
-    const int64_t expert = row < args.experts.num_rows ? expert_of(args.experts, row, true) : -1;
+    const int64_t expert = row < used_rows(args.experts) ? expert_of(args.experts, row, true) : -1;
     if (expert < 0) // all lanes
         return;
     RowDot dot;

@@ -104,13 +104,19 @@ PYROUTE_DEVICE float bias_at(const ExpertBias &bias, int64_t at) {
     return bias.f32 ? bias.f32[at] : bf16_to_f32(bias.bf16[at]);
 }
 
-// The row's expert, or any where it is not `needed`; -1 on padding rows and past the last segment. Offsets that do not
-// ascend give some expert.
+// Rows up to the end of the last segment. Behind it lie as many more as other ids could have needed, which nobody
+// reads: they are not written.
+PYROUTE_DEVICE int64_t used_rows(const ExpertRows &experts) {
+    return min_of(experts.expert_offsets[experts.num_experts], experts.num_rows);
+}
+
+// The expert of one of those, or any where it is not `needed`; -1 on padding rows. Offsets that do not ascend give some
+// expert, or -1.
 PYROUTE_DEVICE int64_t expert_of(const ExpertRows &experts, int64_t row, bool needed) {
     if (experts.row_to_token[row] < 0)
         return -1;
     if (!needed)
-        return row < experts.expert_offsets[experts.num_experts] ? 0 : -1;
+        return 0;
     int64_t low = 0, high = experts.num_experts; // the first expert whose segment ends after the row
     while (low < high) {
         const int64_t middle = (low + high) / 2;

@@ -43,24 +43,24 @@ std::string kernel_of(const char *name, FloatType type, bool vectors) {
 
 } // namespace
 
-void permute(const Stream &stream, const PermuteArgs &args, uint32_t padding) {
+void permute(const Stream &stream, const PermuteArgs &args, uint32_t padding, const int64_t *rows_end) {
     if (args.row_bytes == 0)
         return;
     const uintptr_t bits = bits_of(args.x) | bits_of(args.rows) | static_cast<uintptr_t>(args.row_bytes);
     const int64_t size = bits % 16 == 0 ? 16 : bits % 4 == 0 ? 4 : bits % 2 == 0 ? 2 : 1;
     const int64_t words = args.row_bytes / size;
-    MoveArgs move = {args, padding, 0, lanes_log2(words)};
+    MoveArgs move = {args, rows_end, padding, 0, lanes_log2(words)};
     move.token_blocks = blocks_for_strips(args.maps.num_tokens, words, words_per_lane, move.lanes_log2);
     const std::string kernel = "permute_" + std::to_string(size);
     const uint32_t blocks = move.token_blocks + blocks_for(args.maps.num_rows, rows_per_block);
     launch(stream, room, kernel.c_str(), {blocks, threads}, move);
 }
 
-void permute_quantize(const Stream &stream, const PermuteQuantizeArgs &args) {
+void permute_quantize(const Stream &stream, const PermuteQuantizeArgs &args, const int64_t *rows_end) {
     const int64_t size = item_size(args.x_type);
     const bool vectors =
         args.hidden % 4 == 0 && bits_of(args.x) % (size == 2 ? 8 : 16) == 0 && bits_of(args.codes) % 4 == 0;
-    QuantizeMoveArgs move = {args, 0};
+    QuantizeMoveArgs move = {args, rows_end, 0};
     move.token_blocks = blocks_for_strips(args.maps.num_tokens, divide_up(args.hidden, 4), blocks_at_once, 5);
     const uint32_t blocks = move.token_blocks + blocks_for(args.maps.num_rows, rows_per_block);
     launch(stream, room, kernel_of("permute_quantize", args.x_type, vectors).c_str(), {blocks, threads}, move);
@@ -75,12 +75,12 @@ void unpermute(const Stream &stream, const UnpermuteArgs &args) {
     launch(stream, room, kernel_of("unpermute", args.type, vectors).c_str(), {blocks, threads}, sum);
 }
 
-void unpermute_backward(const Stream &stream, const UnpermuteBackwardArgs &args) {
+void unpermute_backward(const Stream &stream, const UnpermuteBackwardArgs &args, const int64_t *rows_end) {
     const int64_t size = item_size(args.type), row_bytes = args.hidden * size;
     const uintptr_t bits = bits_of(args.grad_y) | bits_of(args.rows) | bits_of(args.grad_rows);
     const bool vectors = (bits | static_cast<uintptr_t>(row_bytes)) % 16 == 0;
     const int64_t lanes = vectors ? 2 * size : 32; // of a slot: 32 columns in pieces of 16 bytes
-    SumBackwardArgs sum = {args, 0};
+    SumBackwardArgs sum = {args, rows_end, 0};
     sum.token_blocks = blocks_for(args.maps.num_tokens * args.maps.top_k, threads / lanes);
     const uint32_t blocks = sum.token_blocks + blocks_for(args.maps.num_rows, rows_per_block);
     launch(stream, room, kernel_of("unpermute_backward", args.type, vectors).c_str(), {blocks, threads}, sum);

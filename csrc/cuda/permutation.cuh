@@ -50,14 +50,16 @@ PYROUTE_DEVICE void load_rows(const RouteMaps &maps, int64_t token, int64_t base
     }
 }
 
-// fill(row), by all lanes of a warp, for every row that is no token's. `block` of `blocks` blocks.
+// fill(row), by all lanes of a warp, for every row before `rows_end` that is no token's. `block` of `blocks` blocks.
 template <class Fill>
-PYROUTE_DEVICE void for_each_padding_row(const RouteMaps &maps, uint32_t block, uint32_t blocks, const Fill &fill) {
+PYROUTE_DEVICE void for_each_padding_row(const RouteMaps &maps, const int64_t *rows_end, uint32_t block,
+                                         uint32_t blocks, const Fill &fill) {
+    const int64_t end = rows_end ? min_of(*rows_end, maps.num_rows) : maps.num_rows;
     const int64_t warps = static_cast<int64_t>(blocks) * (blockDim.x / 32);
     const int64_t warp = static_cast<int64_t>(block) * (blockDim.x / 32) + warp_id();
-    for (int64_t base = warp * padding_rows_at_once; base < maps.num_rows; base += warps * padding_rows_at_once) {
+    for (int64_t base = warp * padding_rows_at_once; base < end; base += warps * padding_rows_at_once) {
         const int64_t row = base + lane_id();
-        const bool looks = lane_id() < padding_rows_at_once && row < maps.num_rows;
+        const bool looks = lane_id() < padding_rows_at_once && row < end;
         const int32_t token = looks ? maps.row_to_token[row] : 0;
         for (uint32_t left = ballot(looks && (token < 0 || token >= maps.num_tokens)); left != 0; left &= left - 1)
             fill(base + first_bit(left));
@@ -89,7 +91,8 @@ template <class Word> PYROUTE_DEVICE void fill_padding(const MoveArgs &args) {
     const PermuteArgs &move = args.move;
     const Word value = repeated<Word>(args.padding);
     const int64_t words = move.row_bytes / static_cast<int64_t>(sizeof(Word));
-    for_each_padding_row(move.maps, blockIdx.x - args.token_blocks, gridDim.x - args.token_blocks, [&](int64_t row) {
+    const uint32_t block = blockIdx.x - args.token_blocks, blocks = gridDim.x - args.token_blocks;
+    for_each_padding_row(move.maps, args.rows_end, block, blocks, [&](int64_t row) {
         uint8_t *const to = move.rows + row * move.row_bytes;
         for (int64_t word = lane_id(); word < words; word += 32)
             store_word(to + word * static_cast<int64_t>(sizeof(Word)), value);

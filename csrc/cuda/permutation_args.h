@@ -38,8 +38,12 @@ struct RouteLayoutArgs {
 };
 
 // Blocks below `token_blocks` take tokens, the others rows, to fill those that are no token's.
+//
+// rows_end: where the rows that are written end, on the device (a plan's expert_offsets[num_experts]); those behind
+// keep what they hold. Null: all are written.
 struct MoveArgs {
     PermuteArgs move;
+    const int64_t *rows_end;
     uint32_t padding; // four bytes of a padding row, the same ones if rows are not moved in multiples of four
     uint32_t token_blocks;
     uint32_t lanes_log2; // lanes that share a token's row
@@ -47,6 +51,7 @@ struct MoveArgs {
 
 struct QuantizeMoveArgs {
     PermuteQuantizeArgs move;
+    const int64_t *rows_end;
     uint32_t token_blocks;
 };
 
@@ -57,6 +62,7 @@ struct SumArgs {
 
 struct SumBackwardArgs {
     UnpermuteBackwardArgs sum;
+    const int64_t *rows_end;
     uint32_t token_blocks;
 };
 

@@ -67,7 +67,7 @@ template <class Wide, int N> PYROUTE_DEVICE Wide tree_sum(Wide (&sums)[N]) {
 template <class Type, int N> PYROUTE_DEVICE void zero_padding(const SumBackwardArgs &args) {
     const UnpermuteBackwardArgs &sum = args.sum;
     const uint32_t block = blockIdx.x - args.token_blocks, blocks = gridDim.x - args.token_blocks;
-    for_each_padding_row(sum.maps, block, blocks, [&](int64_t row) {
+    for_each_padding_row(sum.maps, args.rows_end, block, blocks, [&](int64_t row) {
         auto *to = static_cast<typename Type::Storage *>(sum.grad_rows) + row * sum.hidden;
         for (int64_t column = lane_id() * N; column < sum.hidden; column += 32 * N)
             RawElements<Type, N>{}.store(to + column);

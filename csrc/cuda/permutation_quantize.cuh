@@ -102,7 +102,7 @@ template <bool vectors> PYROUTE_DEVICE void fill_quantized_padding(const Quantiz
     const PermuteQuantizeArgs &move = args.move;
     const int64_t row_scales = divide_up(move.hidden, int64_t{quantize_block});
     const uint32_t block = blockIdx.x - args.token_blocks, blocks = gridDim.x - args.token_blocks;
-    for_each_padding_row(move.maps, block, blocks, [&](int64_t row) {
+    for_each_padding_row(move.maps, args.rows_end, block, blocks, [&](int64_t row) {
         for (int64_t column = lane_id() * 4; column < move.hidden; column += 128)
             store_four<vectors>(move.codes + row * move.hidden + column, columns_left(move, column), 0);
         for (int64_t i = lane_id(); i < row_scales; i += 32)

@@ -38,11 +38,11 @@ void launch_blocks(const Stream &stream, const std::string &kernel, int64_t bloc
 
 } // namespace
 
-void quantize_fp8(const Stream &stream, const QuantizeFp8Args &args, int64_t scale_rows) {
+void quantize_fp8(const Stream &stream, const QuantizeFp8Args &args, int64_t scale_rows, bool segments_only) {
     const Fp8Blocks &b = args.blocks;
     const int64_t col_blocks = divide_up(b.cols, b.block_cols), strips = b.num_matrices * scale_rows;
     const int64_t all_blocks = strips * col_blocks;
-    QuantizeLaunch work{args, scale_rows, static_cast<uint32_t>(col_blocks), 0, 1, 1};
+    QuantizeLaunch work{args, scale_rows, static_cast<uint32_t>(col_blocks), 0, 1, 1, segments_only};
     const auto go = [&](const char *kernel, int64_t blocks, uint32_t threads_each) {
         launch_blocks(stream, of_types(kernel, args.x_type, b.format), blocks, threads_each, work);
     };

@@ -30,8 +30,11 @@ template <class Type, class Format> PYROUTE_DEVICE void quantize_row128(const Qu
     const int64_t column = static_cast<int64_t>(index % args.col_blocks) * 128 + threadIdx.x % 8 * 16;
     const int64_t at = row * b.cols + column;
     const bool inside = row < b.num_matrices * b.rows && column < b.cols; // there may be scales for more rows
+    const bool used = !b.expert_offsets || row < used_rows(b);
+    if (args.segments_only && !used)
+        return;
     float x[16] = {};
-    if (inside && (!b.expert_offsets || row < used_rows(b)))
+    if (inside && used)
         load_elements<Type>(elements<Type>(args.op.x) + at, x);
     const BlockScale block = block_scale<Format, 8>(x, args.op.power_of_two);
     Words codes;
@@ -45,6 +48,8 @@ template <class Type, class Format> PYROUTE_DEVICE void quantize_row128(const Qu
 template <class Type, class Format> PYROUTE_DEVICE void quantize_tile128(const QuantizeLaunch &args) {
     const Fp8Blocks &b = args.op.blocks;
     const Strip strip = find_strip(b, args.scale_rows, blockIdx.x / args.col_blocks);
+    if (args.segments_only && strip.rows == 0) // all threads
+        return;
     const uint32_t column_block = blockIdx.x % args.col_blocks;
     const int64_t column = static_cast<int64_t>(column_block) * 128 + threadIdx.x % 8 * 16;
     const int64_t first = strip.first_row * b.cols + column;
@@ -80,7 +85,8 @@ template <class Type, class Format> PYROUTE_DEVICE void quantize_tile128(const Q
     }
     if (threadIdx.x == 0)
         args.op.scales[strip.scale_row * args.col_blocks + column_block] = block.scale;
-    zero_unused_rows(b, args.op.codes, b.cols);
+    if (!args.segments_only)
+        zero_unused_rows(b, args.op.codes, b.cols);
 }
 
 template <class Type, class Format> PYROUTE_DEVICE void quantize_column128(const QuantizeLaunch &args) {
@@ -92,6 +98,8 @@ template <class Type, class Format> PYROUTE_DEVICE void quantize_column128(const
     const Fp8Blocks &b = args.op.blocks;
     const uint32_t column_parts = divide_up(args.col_blocks, 64u);
     const Strip strip = find_strip(b, args.scale_rows, blockIdx.x / column_parts);
+    if (args.segments_only && strip.rows == 0) // all threads
+        return;
     const int64_t part_column = static_cast<int64_t>(blockIdx.x % column_parts) * 64;
     const uint32_t within = threadIdx.x % 8 * 8;
     const int64_t first = strip.first_row * b.cols + part_column + within;
@@ -145,7 +153,8 @@ template <class Type, class Format> PYROUTE_DEVICE void quantize_column128(const
         if (row < end_row)
             *reinterpret_cast<uint64_t *>(args.op.codes + first + row * b.cols) = codes;
     }
-    zero_unused_rows(b, args.op.codes, b.cols);
+    if (!args.segments_only)
+        zero_unused_rows(b, args.op.codes, b.cols);
 }
 
 template <class Type, class Format> PYROUTE_DEVICE void quantize_any(const QuantizeLaunch &args) {
@@ -153,6 +162,8 @@ template <class Type, class Format> PYROUTE_DEVICE void quantize_any(const Quant
     const uint32_t blocks_at_once = blockDim.x / args.group;
     const uint32_t column_parts = divide_up(args.col_blocks, blocks_at_once);
     const Strip strip = find_strip(b, args.scale_rows, blockIdx.x / column_parts);
+    if (args.segments_only && strip.rows == 0) // all threads
+        return;
     const uint32_t column_block = blockIdx.x % column_parts * blocks_at_once + threadIdx.x / args.group;
     const uint32_t thread = threadIdx.x % args.group, rows_at_once = args.group / args.threads_across;
     const int64_t first_row = thread / args.threads_across, first_column = thread % args.threads_across;
@@ -176,7 +187,8 @@ template <class Type, class Format> PYROUTE_DEVICE void quantize_any(const Quant
         }
     if (thread == 0 && column_block < args.col_blocks)
         args.op.scales[strip.scale_row * args.col_blocks + column_block] = block.scale;
-    zero_unused_rows(b, args.op.codes, b.cols);
+    if (!args.segments_only)
+        zero_unused_rows(b, args.op.codes, b.cols);
 }
 
 template <class Type, class Format> PYROUTE_DEVICE void dequantize(const DequantizeLaunch &args) {

@@ -8,8 +8,9 @@
 namespace pyroute::cuda {
 
 // `scale_rows`: rows of scales of one matrix. With expert_offsets, which lie on the device, the bound for them that
-// does not depend on their values; rows of scales past the last segment are 1. row_block_starts is not used.
-void quantize_fp8(const Stream &stream, const QuantizeFp8Args &args, int64_t scale_rows);
+// does not depend on their values; rows of scales past the last segment are 1. With `segments_only` neither those nor
+// the codes past the last segment are written. row_block_starts is not used.
+void quantize_fp8(const Stream &stream, const QuantizeFp8Args &args, int64_t scale_rows, bool segments_only);
 void dequantize_fp8(const Stream &stream, const DequantizeFp8Args &args, int64_t scale_rows);
 
 // Items of 1 or 4 bytes.

@@ -13,6 +13,7 @@ struct QuantizeLaunch {
     uint32_t num_blocks;     // quantize_row128: all of them
     uint32_t threads_across; // quantize_any: of a block's columns, a power of two
     uint32_t group;          // quantize_any: threads of a block: 1, 32 or 256
+    bool segments_only;      // rows past the last segment and the scales that no row has are not written
 };
 
 struct DequantizeLaunch {

@@ -29,16 +29,22 @@ def _native(x: Operand) -> tuple[Any, ...]:
     return (arrays.pointer(x.codes), _TYPES[x.format], arrays.pointer(x.scales), x.scales.shape[-2], *x.block, restarts)
 
 
-def grouped_gemm(a: Operand, b: Operand, expert_offsets: Array, out: Array, transposed: bool) -> None:
-    """Rows of ``a`` times their experts' ``b``, or with ``transposed`` times ``b`` transposed (dgrad), into ``out``."""
+def grouped_gemm(
+    a: Operand, b: Operand, expert_offsets: Array, out: Array, transposed: bool, segments_only: bool = False
+) -> None:
+    """Rows of ``a`` times their experts' ``b``, or with ``transposed`` times ``b`` transposed (dgrad), into ``out``.
+
+    Rows past the last segment are zeros, or with ``segments_only`` keep what they hold.
+    """
     copy = arrays.pointer(getattr(b, "codes_transposed", None)) if transposed else 0
-    _multiply(a, b, (arrays.pointer(expert_offsets), 0, 0, a.shape[0], *b.shape), out, transposed, copy)
+    rows = (arrays.pointer(expert_offsets), 0, 0, a.shape[0], *b.shape, segments_only)
+    _multiply(a, b, rows, out, transposed, copy)
 
 
 def grouped_gemm_masked(a: Operand, b: Operand, tokens_per_expert: Array, out: Array) -> None:
     """The first rows of each ``a[e]`` [M, K] times ``b[e]`` transposed, into ``out[e]``."""
     experts, room = a.shape[:2]
-    _multiply(a, b, (0, arrays.pointer(tokens_per_expert), room, experts * room, *b.shape), out, False, 0)
+    _multiply(a, b, (0, arrays.pointer(tokens_per_expert), room, experts * room, *b.shape, False), out, False, 0)
 
 
 def _multiply(a: Operand, b: Operand, rows: tuple[int, ...], out: Array, transposed: bool, b_transposed: int) -> None:

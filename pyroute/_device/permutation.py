@@ -16,9 +16,12 @@ FLOATS = ("float32", "bfloat16", "float16", "float64")  # in the order of csrc/f
 ONE = 0x3F800000  # 1.0 as float32
 
 
-def permute(x: Array, plan: Any, out: Array | None, padding: int = 0) -> Array:
-    """Row r is token ``row_to_token[r]``; padding rows are the 32 bits of ``padding`` over and over."""
-    return _move(x, maps(plan), (plan.num_rows, x.shape[1]), out, padding)
+def permute(x: Array, plan: Any, out: Array | None, padding: int = 0, segments_only: bool = False) -> Array:
+    """Row r is token ``row_to_token[r]``; padding rows are the 32 bits of ``padding`` over and over.
+
+    With ``segments_only``, here and below, rows past the last segment are not written.
+    """
+    return _move(x, maps(plan), (plan.num_rows, x.shape[1]), out, padding, rows_end(plan, segments_only))
 
 
 def move_back(rows: Array, plan: Any, out: Array | None) -> Array:
@@ -27,21 +30,28 @@ def move_back(rows: Array, plan: Any, out: Array | None) -> Array:
     return _move(rows, mirrored, (plan.num_tokens, rows.shape[1]), out, 0)
 
 
-def _move(x: Array, maps: tuple[int, ...], shape: tuple[int, int], out: Array | None, padding: int) -> Array:
+def rows_end(plan: Any, segments_only: bool = True) -> int:
+    """The address of the end of the last segment; 0 if all rows are meant."""
+    return arrays.pointer(plan.expert_offsets) + 8 * plan.num_experts if segments_only else 0
+
+
+def _move(
+    x: Array, maps: tuple[int, ...], shape: tuple[int, int], out: Array | None, padding: int, end: int = 0
+) -> Array:
     out = arrays.empty(x, shape, x.dtype) if out is None else out
     row_bytes = x.shape[1] * x.dtype.itemsize
-    _backend.cuda.permute(*arrays.place(x), maps, row_bytes, padding, arrays.pointer(x), arrays.pointer(out))
+    _backend.cuda.permute(*arrays.place(x), maps, row_bytes, padding, arrays.pointer(x), arrays.pointer(out), end)
     return out
 
 
-def permute_quantize(x: Array, plan: Any, power_of_two: bool) -> tuple[Array, Array]:
+def permute_quantize(x: Array, plan: Any, power_of_two: bool, segments_only: bool = False) -> tuple[Array, Array]:
     """(codes, scales) of the e4m3 rows in 1x128 blocks."""
     hidden = x.shape[1]
     codes = arrays.empty(x, (plan.num_rows, hidden), np.uint8 if _check.is_cupy(x) else _backend.FLOAT8["e4m3"])
     scales = arrays.empty(x, (plan.num_rows, -(-hidden // 128)), np.float32)
     _backend.cuda.permute_quantize(
         *arrays.place(x), maps(plan), hidden, _type(x), arrays.pointer(x), power_of_two,
-        arrays.pointer(codes), arrays.pointer(scales),
+        arrays.pointer(codes), arrays.pointer(scales), rows_end(plan, segments_only),
     )  # fmt: skip
     return codes, scales
 

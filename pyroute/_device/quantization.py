@@ -22,13 +22,18 @@ def quantize(
     power_of_two: bool,
     expert_offsets: Array | None,
     scales_shape: tuple[int, ...],
+    segments_only: bool = False,
 ) -> tuple[Array, Array]:
-    """Codes (the shape of x) and scales of ``x`` [..., rows, cols]; rows past the last segment get codes 0."""
+    """Codes (the shape of x) and scales of ``x`` [..., rows, cols].
+
+    Rows past the last segment get codes 0, or with ``segments_only`` keep what they hold.
+    """
     codes = arrays.empty(x, x.shape, np.uint8 if _check.is_cupy(x) else _backend.FLOAT8[format])
     scales = arrays.empty(x, scales_shape, np.float32)
     _backend.cuda.quantize_fp8(
         *arrays.place(x), arrays.pointer(x), FLOATS.index(_check.DTYPE_NAMES[x.dtype]), _stack(x.shape), block, format,
         power_of_two, *_segments(expert_offsets), scales_shape[-2], arrays.pointer(codes), arrays.pointer(scales),
+        segments_only,
     )  # fmt: skip
     return codes, scales
 

@@ -40,7 +40,6 @@ def same_bytes_as_the_cpu(problem, alignment=1):
     expected, kept = problem.forward("cpu", return_saved=True, alignment=alignment)
     rows = kept.plan.num_rows
     same(saved.gate_up[:rows], kept.gate_up, "gate_up")
-    assert not to_host(saved.gate_up)[rows:].astype(np.float32).any()
     same(y, expected, "y")
     gradients = pyroute.moe_backward(to_device(problem.grad_y), saved)
     for name, value in pyroute.moe_backward(problem.grad_y, kept)._asdict().items():

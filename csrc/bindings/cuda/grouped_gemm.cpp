@@ -27,8 +27,8 @@ GemmOperand operand(const OperandTuple &tuple) {
 }
 bool restarts(const OperandTuple &tuple) { return std::get<6>(tuple); }
 
-// (address of expert_offsets, or of tokens_per_expert and the rows of an expert; rows; experts, N, K)
-using RowsTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+// (address of expert_offsets, or of tokens_per_expert and the rows of an expert; rows; experts, N, K; segments_only)
+using RowsTuple = std::tuple<uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool>;
 
 GroupedGemmArgs forward_args(const OperandTuple &a, const OperandTuple &b, const RowsTuple &rows, uintptr_t out,
                              int out_type) {
@@ -44,6 +44,7 @@ GroupedGemmArgs forward_args(const OperandTuple &a, const OperandTuple &b, const
     args.num_experts = std::get<4>(rows);
     args.n = std::get<5>(rows);
     args.k = std::get<6>(rows);
+    args.segments_only = std::get<7>(rows);
     return args;
 }
 

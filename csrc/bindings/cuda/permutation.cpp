@@ -47,16 +47,17 @@ void write_layout_of(int device, uintptr_t stream, const std::string &layout, co
 }
 
 void permute_of(int device, uintptr_t stream, const Maps &maps, int64_t row_bytes, uint32_t padding, uintptr_t x,
-                uintptr_t rows) {
+                uintptr_t rows, uintptr_t rows_end) {
     permute(stream_of(device, stream), {maps_of(maps), row_bytes, pointer<const uint8_t>(x), pointer<uint8_t>(rows)},
-            padding);
+            padding, pointer<const int64_t>(rows_end));
 }
 
 void permute_quantize_of(int device, uintptr_t stream, const Maps &maps, int64_t hidden, int x_type, uintptr_t x,
-                         bool power_of_two, uintptr_t codes, uintptr_t scales) {
+                         bool power_of_two, uintptr_t codes, uintptr_t scales, uintptr_t rows_end) {
     permute_quantize(stream_of(device, stream),
                      {maps_of(maps), hidden, quantize_block, static_cast<FloatType>(x_type), pointer<const void>(x),
-                      power_of_two, pointer<uint8_t>(codes), pointer<float>(scales)});
+                      power_of_two, pointer<uint8_t>(codes), pointer<float>(scales)},
+                     pointer<const int64_t>(rows_end));
 }
 
 void unpermute_of(int device, uintptr_t stream, const Maps &maps, int64_t hidden, int type, uintptr_t rows,
@@ -67,11 +68,13 @@ void unpermute_of(int device, uintptr_t stream, const Maps &maps, int64_t hidden
 }
 
 void unpermute_backward_of(int device, uintptr_t stream, const Maps &maps, int64_t hidden, int type, uintptr_t grad_y,
-                           uintptr_t rows, uintptr_t topk_weights, uintptr_t grad_rows, uintptr_t grad_topk_weights) {
+                           uintptr_t rows, uintptr_t topk_weights, uintptr_t grad_rows, uintptr_t grad_topk_weights,
+                           uintptr_t rows_end) {
     unpermute_backward(stream_of(device, stream),
                        {maps_of(maps), hidden, static_cast<FloatType>(type), pointer<const void>(grad_y),
                         pointer<const void>(rows), pointer<const void>(topk_weights), pointer<void>(grad_rows),
-                        pointer<void>(grad_topk_weights), false});
+                        pointer<void>(grad_topk_weights), false},
+                       pointer<const int64_t>(rows_end));
 }
 
 } // namespace
@@ -85,15 +88,15 @@ void bind_permutation(py::module_ &module) {
     module.def("write_layout", &write_layout_of, py::arg("device"), py::arg("stream"), py::arg("layout"),
                py::arg("maps"), py::arg("num_experts"), py::arg("expert_offsets"), py::arg("out"));
     module.def("permute", &permute_of, py::arg("device"), py::arg("stream"), py::arg("maps"), py::arg("row_bytes"),
-               py::arg("padding"), py::arg("x"), py::arg("rows"));
+               py::arg("padding"), py::arg("x"), py::arg("rows"), py::arg("rows_end") = 0);
     module.def("permute_quantize", &permute_quantize_of, py::arg("device"), py::arg("stream"), py::arg("maps"),
                py::arg("hidden"), py::arg("x_type"), py::arg("x"), py::arg("power_of_two"), py::arg("codes"),
-               py::arg("scales"));
+               py::arg("scales"), py::arg("rows_end") = 0);
     module.def("unpermute", &unpermute_of, py::arg("device"), py::arg("stream"), py::arg("maps"), py::arg("hidden"),
                py::arg("type"), py::arg("rows"), py::arg("topk_weights"), py::arg("out"));
     module.def("unpermute_backward", &unpermute_backward_of, py::arg("device"), py::arg("stream"), py::arg("maps"),
                py::arg("hidden"), py::arg("type"), py::arg("grad_y"), py::arg("rows"), py::arg("topk_weights"),
-               py::arg("grad_rows"), py::arg("grad_topk_weights"));
+               py::arg("grad_rows"), py::arg("grad_topk_weights"), py::arg("rows_end") = 0);
 }
 
 } // namespace pyroute::cuda

@@ -30,7 +30,7 @@ void bind_quantization(py::module_ &module) {
         "quantize_fp8",
         [](int device, uintptr_t stream, uintptr_t x, int x_type, const Shape &shape, const Block &block,
            const std::string &format, bool power_of_two, uintptr_t expert_offsets, int64_t num_experts,
-           int64_t scale_rows, uintptr_t codes, uintptr_t scales) {
+           int64_t scale_rows, uintptr_t codes, uintptr_t scales, bool segments_only) {
             QuantizeFp8Args args{};
             args.blocks = blocks_of(shape, block, format, expert_offsets, num_experts);
             args.x_type = static_cast<FloatType>(x_type);
@@ -38,11 +38,11 @@ void bind_quantization(py::module_ &module) {
             args.power_of_two = power_of_two;
             args.codes = pointer<uint8_t>(codes);
             args.scales = pointer<float>(scales);
-            quantize_fp8(stream_of(device, stream), args, scale_rows);
+            quantize_fp8(stream_of(device, stream), args, scale_rows, segments_only);
         },
         py::arg("device"), py::arg("stream"), py::arg("x"), py::arg("x_type"), py::arg("shape"), py::arg("block"),
         py::arg("format"), py::arg("power_of_two"), py::arg("expert_offsets"), py::arg("num_experts"),
-        py::arg("scale_rows"), py::arg("codes"), py::arg("scales"));
+        py::arg("scale_rows"), py::arg("codes"), py::arg("scales"), py::arg("segments_only") = false);
     module.def(
         "dequantize_fp8",
         [](int device, uintptr_t stream, uintptr_t codes, uintptr_t scales, const Shape &shape, const Block &block,

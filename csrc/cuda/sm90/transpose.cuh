@@ -32,8 +32,6 @@ PYROUTE_DEVICE void transpose_bytes(const TransposeArgs &args) {
         if (blockIdx.y >= *args.num_tiles)
             return;
         const GemmTile tile = args.tiles[blockIdx.y];
-        if (tile.expert < 0) // rows of no expert
-            return;
         row = tile.row, valid = tile.rows, to = int64_t{blockIdx.y} * 128;
     } else {
         const int64_t blocks = args.to_pitch / 128, matrix = blockIdx.y / blocks, first = blockIdx.y % blocks * 128;
