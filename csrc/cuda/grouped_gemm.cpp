@@ -94,8 +94,8 @@ Choice mma_for_rows(const GroupedGemmArgs &args, bool transposed, bool low) {
     return {};
 }
 
-// Within the tensor cores' kernels, and within the general ones, the tile changes no byte. The masked layout is one of
-// few rows an expert, however many it has room for.
+// Within the tensor cores' kernels, and within the general ones, the tile changes no byte. The masked layout has the
+// one of few rows, however many there is room for: these tiles cost what they have room for, not what they hold.
 Choice for_rows(const GroupedGemmArgs &args, bool transposed) {
     const auto at_most = [&](int64_t rows) {
         return args.tokens_per_expert || args.num_rows <= rows * args.num_experts;

@@ -48,10 +48,11 @@ struct ProductKernel {
 
 #define PYROUTE_PRODUCT(shape) {#shape "_product", shape}
 
-// The bytes do not depend on the tile: 64 rows where experts have few (the masked layout is for that), as half of 128
-// would be multiplied for nothing.
+// The bytes do not depend on the tile: 64 rows where experts have few, which leaves room for more stages. In the masked
+// layout the device alone knows how many; 128 wherever there is room for more than 64, since a tile of 128 loads and
+// multiplies 64 rows where it has no more, and reads the weights once where it has.
 ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
-    const bool few = args.tokens_per_expert || args.num_rows <= 64 * args.num_experts;
+    const bool few = args.num_rows <= 64 * args.num_experts; // masked: there is room for so many
     const bool f32 = args.out_type == ElementType::float32;
     if (args.a.type == ElementType::e5m2) {
         if (few)
@@ -171,7 +172,7 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     Cutter cutter(workspace);
     const GemmPlan plan = make_plan(stream, cutter, rows_of(args), shape.rows, {nullptr, nullptr});
     ProductArgs product = {};
-    product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, depth, shape.rows / shape.cluster);
+    product.a = operand_map(stream, args.a.type, args.a.data, args.num_rows, depth, panel_rows);
     if (transposed && shape.fp8())
         product.b = operand_map(stream, args.b.type, transposed_weights(stream, cutter, args, b_transposed),
                                 args.num_experts * cols, padded(depth), shape.cols);

@@ -127,15 +127,18 @@ template <const ProductShape &S> PYROUTE_DEVICE void load_operands(const Product
         ring.at(schedule.place);
         const RowTile &tile = schedule.tile;
         const int32_t col = first_col<S>(schedule.place), steps = steps_of<S>(args, tile);
+        // a panel of a without a row of the tile is not loaded: 64 rows cost no more than in a tile of 64
+        const uint32_t panels = S.cluster > 1 ? S.math() : static_cast<uint32_t>(divide_up(tile.rows, 64));
         for (int32_t i = 0; i < steps; ++i) {
             const SharedAddress full = shared + plan.full(0) + ring.stage * 8;
             const SharedAddress a = shared + plan.a(0) + ring.stage * plan.a_bytes;
             const SharedAddress b = shared + plan.b(0) + ring.stage * plan.b_bytes;
             const int32_t d = i * S.stage_depth();
             ring.wait(shared + plan.empty(0) + ring.stage * 8, ring.phase ^ 1, Waits::for_empty);
-            barrier_arrive_expecting(full, plan.a_bytes + plan.b_bytes);
+            barrier_arrive_expecting(full, panels * panel_bytes + plan.b_bytes);
             if constexpr (S.cluster == 1) {
-                load_tile(a, &args.a, d, tile.row, full);
+                for (uint32_t p = 0; p < panels; ++p)
+                    load_tile(a + p * panel_bytes, &args.a, d, tile.row + static_cast<int32_t>(p * panel_rows), full);
             } else { // each block its share of the rows, to all of them
                 const uint32_t share = S.rows / S.cluster * cluster_rank();
                 load_tile_to(a + share * row_bytes, &args.a, d, tile.row + static_cast<int32_t>(share), full,
