@@ -1,4 +1,4 @@
-"""FP8 forms of wide weights: made once for each state of a weight, which is once an optimizer step.
+"""FP8 forms of weights: made once for each state of a weight, which for a wide one is once an optimizer step.
 
 A form belongs to a storage, a place in it and the version counter that in-place operations move; it goes with the
 storage. It is part of no graph and of no gradient: an op that is given the wide weight looks it up, so forward,
@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .._check import one_of
-from ..quantization import Fp8Array, quantize_fp8
+from ..quantization import Fp8Array, beside_transposed, quantize_fp8
 from ._tensors import array, captures, stream_of
 
 BLOCK = (128, 128)
@@ -30,6 +30,7 @@ BLOCK = (128, 128)
 _keeps_transposed = False
 
 _forms: Any = WeakIdKeyDictionary()  # storage: {place: (version, form)}
+_transposed: Any = WeakIdKeyDictionary()  # storage of frozen codes: {place: (state, codes transposed or None)}
 _lock = threading.Lock()
 
 
@@ -55,12 +56,32 @@ def fp8_weight(function: str, argument: str, w: Tensor, scale_format: Any, for_d
     return form
 
 
+def frozen_weight(codes: Tensor, q: Fp8Array) -> Fp8Array:
+    """``q``, whose codes are that tensor's, as dgrad is to read it: beside its transposed codes, if those are kept.
+
+    An optimizer's step leaves frozen codes as they are, so they are transposed once, and again after a write. Memory
+    that comes and goes under one storage, as where FSDP gathers weights, is transposed again where it has moved.
+    """
+    if not _keeps_transposed or codes.is_inference() or captures(codes):
+        return q
+    storage, state = codes.untyped_storage(), (codes._version, codes.data_ptr())
+    place = (codes.storage_offset(), codes.dtype, codes.shape, codes.stride(), stream_of(codes))
+    with _lock:
+        known = _transposed.setdefault(storage, {}).get(place)
+    if known is None or known[0] != state:
+        known = (state, q.with_transposed_codes().codes_transposed)
+        with _lock:
+            _transposed.setdefault(storage, {})[place] = known
+    return beside_transposed(q, known[1])
+
+
 def keep_transposed_weights(keep: bool = True) -> None:
     """Whether ``precision="fp8"`` keeps the weights' codes transposed too, which dgrad reads on a Hopper GPU.
 
     By default every backward pass transposes them, one weight after another, into memory that it gives back. Kept, they
-    are made by the first backward pass after a weight has changed, once for all micro-batches of a step, and take one
-    more byte for each element of the weights. The results are the same bytes; other cards and the CPU keep nothing.
+    are made by the first backward pass after a weight has changed, once for all micro-batches of a step (of a frozen
+    Fp8Tensor once for good), and take one more byte for each element of the weights. The results are the same bytes;
+    other cards and the CPU keep nothing.
     """
     global _keeps_transposed
     _keeps_transposed = one_of("keep_transposed_weights", "keep", keep, (True, False))
@@ -69,15 +90,21 @@ def keep_transposed_weights(keep: bool = True) -> None:
 
 
 def forget_fp8_weights() -> None:
-    """Quantise every weight again when it is next used.
+    """Quantise and transpose every weight again when it is next used.
 
     Needed only after a write that neither PyTorch's version counters nor an optimizer's step show: through ``.data``,
     or NumPy.
     """
+    _forget_forms()
+    with _lock:
+        _transposed.clear()
+
+
+def _forget_forms(*_: Any) -> None:
     with _lock:
         _forms.clear()
 
 
 @functools.cache
 def _watch_optimizers() -> None:
-    register_optimizer_step_post_hook(lambda *_: forget_fp8_weights())
+    register_optimizer_step_post_hook(_forget_forms)

@@ -14,7 +14,7 @@ from .._activation import Activation, activation_program
 from .._moe_arguments import MoeGradients, WeightOn, check_layer
 from ..quantization import ScaleFormat
 from ..route_plan import plan_routes
-from ._fp8_weights import fp8_weight
+from ._fp8_weights import fp8_weight, frozen_weight
 from ._library import define, goes_direct
 from ._tensors import array, check_tensors, float32_array, ids_array, optional_array, tensor
 from .grouped_gemm import Operand, autocast_float
@@ -97,7 +97,8 @@ def _weight(
     function: str, argument: str, w: Tensor, scales: Tensor | None, block: Any, precision: str, for_dgrad: bool
 ) -> Any:
     if scales is not None:
-        return fp8_array(function, argument, w, scales, block)
+        q = fp8_array(function, argument, w, scales, block)
+        return frozen_weight(w, q) if precision and for_dgrad else q  # else gradients are wide, which read it as it is
     if precision:
         return fp8_weight(function, argument, w, SCALE_FORMATS[precision], for_dgrad)
     return array(function, argument, w)
@@ -159,9 +160,10 @@ def _saved_fake(x: Tensor, topk_idx: Tensor, *args: Any) -> tuple[Tensor, Tensor
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.options = inputs[9:]
     ctx.save_for_backward(*inputs[:9], output[1])
+    ctx.set_materialize_grads(False)  # nobody differentiates gate_up: no zeros of its size
 
 
-def _grad(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _grad(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, gate_up = ctx.saved_tensors
     wanted = [name for name in MoeGradients._fields if ctx.needs_input_grad[_NAMES.index(name)]]
     grads = _moe_backward(grad_y, gate_up, *tensors, *ctx.options, ",".join(wanted))

@@ -448,6 +448,66 @@ def test_transposed_codes_are_made_once_a_step():
         assert step()[1] == 2 * len(batches)
 
 
+def test_no_gradient_of_the_saved_rows_is_made():
+    """autograd fills the gradients of results that nobody used with zeros, unless it is told not to."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if "zeros" in str(function):
+                filled.append(tuple(result.shape))
+            return result
+
+    filled = []
+    x = there(torch.randn(T, H, requires_grad=True))
+    experts = [there(torch.randn(shape)) for shape in ((E, 2 * INNER, H), (E, H, INNER))]
+    with gpu():
+        y = pt.moe_forward(x, there(torch.randint(0, E, (T, K))), there(torch.rand(T, K)), *experts)
+        with Watch():
+            y.sum().backward()
+    assert x.grad is not None
+    assert (T * K, 2 * INNER) not in filled
+
+
+def test_frozen_codes_are_transposed_once():
+    """Of an Fp8Tensor in an FP8 layer: kept over optimizer steps until the codes are written to, or let go."""
+    experts = [torch.randn(shape).div_(8) for shape in ((E, 2 * INNER, H), (E, H, INNER))]
+    frozen = [there(tuple(pt.quantize_fp8(w, block=(128, 128)))) for w in experts]
+    frozen = [pt.Fp8Tensor(codes, scales, (128, 128)) for codes, scales, *_ in frozen]
+    ids, weights = there(torch.randint(0, E, (T, K))), there(torch.rand(T, K))
+    x = there(torch.randn(T, H).to(torch.bfloat16).requires_grad_())
+
+    def step():
+        emulated.launched()
+        pt.moe_forward(x, ids, weights, *frozen, precision="fp8").sum().backward()
+        torch.optim.SGD([x], lr=0.0).step()
+        grad, x.grad = x.grad, None
+        return grad, emulated.launched().count("transpose_bytes")
+
+    with gpu():
+        want, made = step()
+        assert (made, step()[1]) == (2, 2)
+        pt.keep_transposed_weights()
+        try:
+            for again in (2, 0, 0):
+                got, made = step()
+                assert made == again
+                same(got, want)
+            frozen[1].codes.view(torch.uint8).bitwise_xor_(0x80)  # the version counter moves: signs are turned
+            got, made = step()
+            assert made == 1
+            same(got, -want)
+            kept = len(_fp8_weights._transposed)
+            assert kept == 2
+            pt.forget_fp8_weights()
+            assert step()[1] == 2
+        finally:
+            pt.keep_transposed_weights(False)
+        assert len(_fp8_weights._transposed) == 0
+        assert step()[1] == 2
+
+
 def test_devices_do_not_mix():
     with pytest.raises(TypeError, match=r"^permute: row_to_token must be on meta as x, got int32 .* on cpu$"):
         pt.permute(torch.empty(T, H, device="meta"), plan_of())
