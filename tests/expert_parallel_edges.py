@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import os
+import pickle
 import signal
 from typing import Any
 
@@ -19,7 +22,7 @@ def step(layer: Any, ids: torch.Tensor | None = None, weights: torch.Tensor | No
     ids = torch.arange(8).view(4, 2) % layer.num_experts if ids is None else ids
     y = layer(x, ids, torch.ones(4, 2) if weights is None else weights)
     y.sum().backward()
-    return float(y.sum())
+    return float(y.detach().sum())
 
 
 def construct_and_step(of_rank: list[dict[str, Any]]) -> float:
@@ -65,6 +68,36 @@ def call_twice(ids: list[torch.Tensor], weights: list[torch.Tensor]) -> tuple[st
     except Exception as raised:
         error = f"{type(raised).__name__}: {raised}"
     return error, np.isfinite(step(layer))
+
+
+def said_by(function: Any) -> str:
+    """What a call raises."""
+    try:
+        function()
+    except Exception as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return ""
+
+
+def call_differently(what: str) -> tuple[str, bool]:
+    """Rank 1 calls another layer, or one that it has changed since; and whether the next call works."""
+    layers = [ExpertParallel(8, 16, 8), ExpertParallel(8, 16, 8)]
+    mine = layers[what == "layer" and dist.get_rank() == 1]
+    if dist.get_rank() == 1 and what != "layer":
+        setattr(mine, *what.split("="))
+    error = said_by(lambda: step(mine))
+    return error, np.isfinite(step(layers[1]))
+
+
+def keep() -> tuple[str, str, bool, bool]:
+    """What pickling a layer raises, torch.save as well; whether a copy and its values on disk are the same layer."""
+    layer, file = ExpertParallel(8, 16, 8), io.BytesIO()
+    refused = said_by(lambda: pickle.dumps(layer)), said_by(lambda: torch.save(layer, io.BytesIO()))
+    torch.save(layer.state_dict(), file)
+    other = ExpertParallel(8, 16, 8)
+    other.load_state_dict(torch.load(io.BytesIO(file.getvalue())))
+    expected = step(layer)
+    return *refused, step(copy.deepcopy(layer)) == expected, step(other) == expected
 
 
 def half_precision() -> None:

@@ -256,6 +256,23 @@ def through_deep_ep(top_k: int, payload: str | None) -> float:
     return worst
 
 
+def call_through_deep_ep(of_rank: list[dict[str, Any]]) -> tuple[str, bool]:
+    """What a call with some arguments raises, which differ between ranks; and whether the next step works."""
+    sys.modules["deep_ep"] = deep_ep_stand_in
+    layer = ExpertParallel(8, 128, 8, dtype=torch.bfloat16, transport="deep_ep")
+    x = torch.ones(4, 128, dtype=torch.bfloat16)
+    given = {"x": x, "topk_idx": torch.zeros(4, 2, dtype=torch.int64), "topk_weights": torch.ones(4, 2)}
+    mine, error = given | of_rank[dist.get_rank()], ""
+    try:
+        with torch.set_grad_enabled(bool(mine.pop("grad", True))):
+            layer(**mine)
+    except (TypeError, ValueError, RuntimeError) as raised:
+        error = f"{type(raised).__name__}: {raised}"
+    y = layer(**given)
+    y.sum().backward()
+    return error, bool(y.isfinite().all())
+
+
 def refused_by_deep_ep(options: dict[str, Any], installed: bool) -> str:
     if installed:
         sys.modules["deep_ep"] = deep_ep_stand_in

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 from processes import run_ranks, values
 
@@ -69,6 +71,42 @@ def test_tensors_that_no_kernel_takes_are_refused_before_anything_is_sent(ids, w
     assert "rank 1 refused the arguments" in theirs[0]
     assert mine[1]
     assert theirs[1]
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("layer", "the layer that is called must be the same on every rank, got number 0 on rank 0 and "
+         "number 1 on rank 1"),
+        ("payload=fp8", "payload must be the same on every rank, got None on rank 0 and fp8 on rank 1"),
+        ("precision=fp8_ue8m0", "precision must be the same on every rank, got None on rank 0 and fp8_ue8m0 on rank 1"),
+    ],
+)  # fmt: skip
+def test_ranks_that_call_another_layer_are_found(what, message, tmp_path):
+    for error, works in values(run_ranks(2, ranks.call_differently, what, store=tmp_path / "store")):
+        assert error == f"RuntimeError: ExpertParallel: {message}"
+        assert works
+
+
+def test_a_layer_that_was_changed_for_the_worse_is_refused(tmp_path):
+    theirs, mine = values(run_ranks(2, ranks.call_differently, "precision=fp4", store=tmp_path / "store"))
+    assert mine[0].startswith("ValueError: ExpertParallel: precision must be one of")
+    assert "rank 1 refused the arguments" in theirs[0]
+    assert mine[1]
+    assert theirs[1]
+
+
+def test_layers_are_copied_and_saved_by_their_values_but_not_pickled(tmp_path):
+    for pickled, saved, copied, loaded in values(run_ranks(2, ranks.keep, store=tmp_path / "store")):
+        assert pickled == saved
+        assert pickled.startswith("TypeError: ExpertParallel: a layer of a process group cannot be pickled; save its")
+        assert copied
+        assert loaded
+
+
+def test_without_a_group_a_layer_is_pickled():
+    layer = ExpertParallel(8, 16, 8)
+    assert ranks.step(pickle.loads(pickle.dumps(layer))) == ranks.step(layer)
 
 
 def test_experts_of_another_type_are_refused_by_ranks_that_have_none_too(tmp_path):

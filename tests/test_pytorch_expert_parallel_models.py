@@ -83,6 +83,23 @@ def test_deep_ep(world, top_k, payload, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("of_rank", "mine", "theirs"),
+    [
+        ({"topk_idx": torch.full((4, 2), 8)}, "topk_idx must be -1 or in 0..7, got 8", "rank 1 refused the arguments"),
+        ({"x": torch.ones(4, 128)}, "x must be bfloat16 with transport 'deep_ep', got", "rank 1 refused the arguments"),
+        ({"topk_idx": torch.zeros(4, 1, dtype=torch.int64), "topk_weights": torch.ones(4, 1)},
+         "top_k must be the same on every rank, got 2 on rank 0 and 1 on rank 1", "top_k must be the same"),
+        ({"grad": False}, "torch.is_grad_enabled() must be the same on every rank", "torch.is_grad_enabled() must"),
+    ],
+)  # fmt: skip
+def test_bad_calls_through_deep_ep_are_refused_by_every_rank(of_rank, mine, theirs, tmp_path):
+    found = values(run_ranks(2, models.call_through_deep_ep, [{}, of_rank], store=tmp_path / "store"))
+    assert f"Error: ExpertParallel: {mine}" in found[1][0]
+    assert f"Error: ExpertParallel: {theirs}" in found[0][0]
+    assert [works for _, works in found] == [True] * 2
+
+
+@pytest.mark.parametrize(
     ("options", "installed", "message"),
     [
         ({}, False, "transport 'deep_ep' needs the package deep_ep, which does not import: No module named 'deep_ep'"),

@@ -49,7 +49,7 @@ class Sent:
 
 def through_deep_ep(
     group: dist.ProcessGroup, experts: Callable[[Tensor, Tensor, Tensor], Tensor], x: Tensor, slots: Tensor,
-    topk_weights: Tensor, num_slots: int, payload: Any,
+    topk_weights: Tensor, num_slots: int, payload: Any, records: bool,
 ) -> Tensor:  # fmt: skip
     """The layer of ``experts(rows, local slots, weights)`` on every rank.
 
@@ -58,10 +58,12 @@ def through_deep_ep(
     x : bfloat16 [T, hidden]
     slots : int64 [T, top_k], -1 is not routed
     topk_weights : float32 [T, top_k]
+    records : bool
+        Whether there will be a backward pass, on every rank alike.
     """
     sent = Sent(_buffer_of(group, x.shape[1] * 2))
     # ranks whose x and weights need no gradient take part in the backward pass of the others
-    anchor = torch.empty(0, device=x.device, requires_grad=torch.is_grad_enabled())
+    anchor = torch.empty(0, device=x.device, requires_grad=records)
     rows, local, weights = _Dispatch.apply(sent, x, topk_weights, anchor, slots, num_slots, payload)
     y: Tensor = _Combine.apply(sent, experts(rows, local, weights))
     return y

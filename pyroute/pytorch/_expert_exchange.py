@@ -7,8 +7,10 @@ headers say together, never on one rank's routes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,8 +19,9 @@ from torch import Tensor
 from ._rank_failure import FailureReport
 from ._tensors import empty_beside, reinterpret
 
-_HEADER = 6  # int64: rows, slots, top_k, type of x, flags, refused
+_HEADER = 9  # int64: rows, slots, layer, top_k, type of x, payload, precision, flags, refused
 _ROW_TYPES = (torch.float32, torch.bfloat16)
+_FORMATS = (None, "fp8", "fp8_ue8m0")
 
 
 class Ranks:
@@ -32,6 +35,14 @@ class Ranks:
 
     def __deepcopy__(self, memo: object) -> Ranks:
         return self
+
+    def __reduce__(self) -> Any:
+        if self.group is not None:
+            raise TypeError(
+                "ExpertParallel: a layer of a process group cannot be pickled; save its state_dict() on every rank, "
+                "and load it into a layer that is constructed over such a group"
+            )
+        return Ranks, (None,)
 
     def all_to_all(self, what: str, send: Tensor, sent: list[int], arriving: list[int]) -> Arriving:
         """Start sending ``sent[r]`` rows of ``send`` to each rank r and receiving ``arriving[r]`` rows from it."""
@@ -98,8 +109,11 @@ class Header:
 
     rows: list[int]  # for each rank
     slots: list[int]
+    layer: int
     top_k: int
     dtype: torch.dtype
+    payload: str | None
+    precision: str | None
     grad_enabled: bool
     needs_x: bool
     needs_weights: bool
@@ -108,21 +122,27 @@ class Header:
     def exchange(self, function: str, ranks: Ranks, device: torch.device) -> Agreement:
         """Raise on every rank if the calls do not fit together."""
         flags = self.grad_enabled + 2 * self.needs_x + 4 * self.needs_weights + 8 * self.needs_parameters
-        common = (self.top_k, _ROW_TYPES.index(self.dtype), flags, 0)
+        formats = _FORMATS.index(self.payload), _FORMATS.index(self.precision)
+        common = (self.layer, self.top_k, _ROW_TYPES.index(self.dtype), *formats, flags, 0)
         send = torch.tensor([(*pair, *common) for pair in zip(self.rows, self.slots, strict=True)])
         found = _exchange(ranks, send, device)
         _check_headers(function, found)
-        every = [header[4] for header in found]
+        every = [header[-2] for header in found]
         needs = [any(flag & bit for flag in every) for bit in (2, 4, 8)]
         records = bool(every[0] & 1) and any(needs)
         rows, slots = [header[0] for header in found], [header[1] for header in found]
         return Agreement(rows, slots, records, records and needs[0], records and needs[1])
 
 
-def refuse(ranks: Ranks, device: torch.device) -> None:
-    """Tell every other rank that this one's call was illegal, in place of its header."""
-    if ranks.group is not None:
-        _exchange(ranks, torch.tensor([[0] * (_HEADER - 1) + [1]] * ranks.size), device)
+@contextlib.contextmanager
+def refused_by_all(ranks: Ranks, device: torch.device) -> Iterator[None]:
+    """Whatever is raised inside, every other rank is told in place of this one's header."""
+    try:
+        yield
+    except Exception:
+        if ranks.group is not None:
+            _exchange(ranks, torch.tensor([[0] * (_HEADER - 1) + [1]] * ranks.size), device)
+        raise
 
 
 def _exchange(ranks: Ranks, send: Tensor, device: torch.device) -> list[list[int]]:
@@ -132,13 +152,16 @@ def _exchange(ranks: Ranks, send: Tensor, device: torch.device) -> list[list[int
 
 
 def _check_headers(function: str, found: list[list[int]]) -> None:
-    refused = [rank for rank, header in enumerate(found) if header[5]]
+    refused = [rank for rank, header in enumerate(found) if header[-1]]
     if refused:
         raise RuntimeError(f"{function}: rank {refused[0]} refused the arguments of its call; its own error says why")
-    check_same(function, "top_k", [str(header[2]) for header in found])
-    types = [str(_ROW_TYPES[header[3]]).removeprefix("torch.") for header in found]
-    check_same(function, "the type of x", types)
-    check_same(function, "torch.is_grad_enabled()", [str(bool(header[4] & 1)) for header in found])
+    _, _, layer, top_k, dtype, payload, precision, flags, _ = zip(*found, strict=True)
+    check_same(function, "the layer that is called", [f"number {number}" for number in layer])
+    check_same(function, "top_k", [str(k) for k in top_k])
+    check_same(function, "the type of x", [str(_ROW_TYPES[place]).removeprefix("torch.") for place in dtype])
+    for name, places in (("payload", payload), ("precision", precision)):
+        check_same(function, name, [str(_FORMATS[place]) for place in places])
+    check_same(function, "torch.is_grad_enabled()", [str(bool(flag & 1)) for flag in flags])
 
 
 def check_same(function: str, name: str, values: list[str]) -> None:

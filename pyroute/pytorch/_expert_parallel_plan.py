@@ -107,19 +107,19 @@ def device_of(group: dist.ProcessGroup) -> torch.device:
     return torch.device("cpu") if "cpu" in types else torch.device(types[0], torch.cuda.current_device())
 
 
-def agree(function: str, ranks: Ranks, config: dict[str, Any], error: Exception | None) -> int:
+def agree(function: str, ranks: Ranks, config: dict[str, Any], error: Exception | None) -> tuple[int, int]:
     """Raise on every rank where one has refused its arguments or has others than the rest; one collective.
 
     Returns
     -------
-    int
-        Rank 0's ``config["seed"]``, the one entry that may differ.
+    int, int
+        Rank 0's ``config["seed"]`` and ``config["number"]``, the entries that may differ.
     """
     group = ranks.group
     if group is None:
         if error is not None:
             raise error
-        return int(config["seed"])
+        return config["seed"], config["number"]
     described = {"refused": str(error)[:512]} if error is not None else config
     text = json.dumps(described, ensure_ascii=False, default=_plain).encode(errors="replace")  # 6 bytes a character
     mine = np.zeros(_AGREEMENT_BYTES, np.uint8)
@@ -135,7 +135,7 @@ def agree(function: str, ranks: Ranks, config: dict[str, Any], error: Exception 
     found = [_difference(name, [c.get(name) for c in configs]) for name in configs[0]]
     if differences := [sentence for sentence in found if sentence]:
         raise ValueError(f"{function}: {'; '.join(differences)}")
-    return int(configs[0]["seed"])
+    return configs[0]["seed"], configs[0]["number"]
 
 
 def _plain(number: Any) -> Any:
@@ -145,7 +145,7 @@ def _plain(number: Any) -> Any:
 
 def _difference(name: str, values: list[Any]) -> str:
     """A sentence with all values and who has them, if there are several."""
-    if name == "seed" or all(value == values[0] for value in values):
+    if name in ("seed", "number") or all(value == values[0] for value in values):
         return ""
     holders: dict[str, list[int]] = {}
     for rank, value in enumerate(values):

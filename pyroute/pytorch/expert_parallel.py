@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from .. import _check
 from . import _deep_ep as deep_ep
 from . import _expert_parallel_plan as agreement
-from ._expert_exchange import Header, Ranks, refuse
+from ._expert_exchange import Agreement, Header, Ranks, refused_by_all
 from ._expert_parallel_step import FromExperts, LayerOptions, Step, ToExperts
 from ._expert_payload import SCALE_FORMATS, Payload
 from ._expert_routes import Route, SlotMaps, slots_of
@@ -19,9 +20,11 @@ from ._replica_gradients import check_gradients, sum_over_replicas
 from ._tensors import INTEGERS, describe, on, on_host
 from .experts import GroupedExperts
 from .grouped_gemm import autocast_float
+from .moe import check_precision
 
 Transport = Literal["torch", "deep_ep"]
 NAME = "ExpertParallel"
+_numbers = itertools.count()  # of layers, so that ranks that call another one than rank 0 are found
 
 
 class ExpertParallel(GroupedExperts):
@@ -78,7 +81,7 @@ class ExpertParallel(GroupedExperts):
             config = self._config(num_experts, slots, payload, transport)
         except Exception as caught:  # memory or a device that this rank lacks among them: the others must hear of it
             error = caught
-        seed = agreement.agree(NAME, ranks, config, error)
+        seed, self._number = agreement.agree(NAME, ranks, config, error)
         self._num_experts, self.payload, self.transport, self._ranks, self._slots = (
             num_experts, payload, transport, ranks, slots,
         )  # fmt: skip
@@ -116,7 +119,7 @@ class ExpertParallel(GroupedExperts):
             "placement": slots.describe(), "payload": payload, "transport": transport, "activation": self.activation,
             "limit": self.limit, "alpha": self.alpha, "weight_on": self.weight_on, "precision": self.precision,
             "bias": self.down_proj_bias is not None, "dtype": str(self.down_proj.dtype).removeprefix("torch."),
-            "seed": int(torch.randint(2**62, (), device="cpu").item()),
+            "seed": int(torch.randint(2**62, (), device="cpu").item()), "number": next(_numbers),
         }  # fmt: skip
 
     @property
@@ -163,19 +166,12 @@ class ExpertParallel(GroupedExperts):
         if self.transport == "deep_ep":
             routed = self._through_deep_ep(x, topk_idx, topk_weights)
             return routed if shared is None else routed + shared(x)
-        try:
+        with refused_by_all(self._ranks, self.down_proj.device):
             x, params = self._operands(x)
             route = self._route(x, topk_idx, topk_weights)
-        except Exception:
-            refuse(self._ranks, self.down_proj.device)
-            raise
-        grad = torch.is_grad_enabled()
-        header = Header(
-            route.row_counts, route.slot_counts, topk_idx.shape[1], x.dtype, grad, x.requires_grad,
-            topk_weights.requires_grad, any(p is not None and p.requires_grad for p in params),
-        )  # fmt: skip
         options = LayerOptions(self.activation, self.limit, self.alpha, self.weight_on, self.precision, self.payload)
-        step = Step(self._ranks, options, route, header.exchange(NAME, self._ranks, x.device))
+        agreed = self._agree((route.row_counts, route.slot_counts), x, topk_idx, topk_weights, params)
+        step = Step(self._ranks, options, route, agreed)
         # a rank that needs no gradient takes part in the others' backward pass all the same
         anchor = torch.empty(0, device=x.device, requires_grad=True) if step.agreed.records else None
         token = ToExperts.apply(step, x, topk_weights, anchor, *params)
@@ -219,15 +215,32 @@ class ExpertParallel(GroupedExperts):
             params[wide:] = [autocast_float(dtype, p) for p in params[wide:]]
         return x, params
 
+    def _agree(
+        self, counts: tuple[list[int], list[int]], x: Tensor, topk_idx: Tensor, topk_weights: Tensor, params: Any
+    ) -> Agreement:
+        """The one collective before anything is sent: ``counts`` of rows and slots for each rank, and what must fit."""
+        header = Header(
+            *counts, self._number, topk_idx.shape[1], x.dtype, self.payload, self.precision,
+            torch.is_grad_enabled(), x.requires_grad, topk_weights.requires_grad,
+            any(p is not None and p.requires_grad for p in params),
+        )  # fmt: skip
+        return header.exchange(NAME, self._ranks, x.device)
+
     def _through_deep_ep(self, x: Tensor, topk_idx: Tensor, topk_weights: Tensor) -> Tensor:
-        ids = self._checked_ids(x, topk_idx, topk_weights)
-        if x.dtype != torch.bfloat16:
-            raise _check.type_error(NAME, "x", "bfloat16 with transport 'deep_ep'", describe(x))
+        with refused_by_all(self._ranks, self.down_proj.device):
+            x, params = self._operands(x)
+            ids = self._checked_ids(x, topk_idx, topk_weights)
+            if x.dtype != torch.bfloat16:
+                raise _check.type_error(NAME, "x", "bfloat16 with transport 'deep_ep'", describe(x))
+        counts = [0] * self._ranks.size  # DeepEP tells them
+        agreed = self._agree((counts, counts), x, topk_idx, topk_weights, params)
         slots = torch.where(ids >= 0, slots_of(ids, self._maps[x.device]), -1)
         group, num_slots = self._ranks.group, len(self._slots.slot_to_expert)
         assert group is not None
         weights = topk_weights.to(torch.float32)
-        return deep_ep.through_deep_ep(group, super().forward, x, slots, weights, num_slots, self.payload)
+        return deep_ep.through_deep_ep(
+            group, super().forward, x, slots, weights, num_slots, self.payload, agreed.records
+        )
 
     def _route(self, x: Any, topk_idx: Any, topk_weights: Any) -> Route:
         ids = self._checked_ids(x, topk_idx, topk_weights)
@@ -235,6 +248,8 @@ class ExpertParallel(GroupedExperts):
 
     def _checked_ids(self, x: Any, topk_idx: Any, topk_weights: Any) -> Tensor:
         """``topk_idx``, in which a device's ids outside the experts are not routed."""
+        check_precision(NAME, self.precision)
+        _check.one_of(NAME, "payload", self.payload, (None, *SCALE_FORMATS))
         device = self.down_proj.device
         for name, given in (("x", x), ("topk_idx", topk_idx), ("topk_weights", topk_weights)):
             dense = isinstance(given, Tensor) and given.layout is torch.strided
