@@ -44,6 +44,7 @@ class Layer(NamedTuple):
     scale_format: ScaleFormat | None  # of quantised activations
     quantize_gradients: bool
     backend: str
+    x_row: Array | None = None  # int32 [num_tokens], the row of x that each token has; None: its own
 
     @property
     def gradient_format(self) -> ScaleFormat | None:
@@ -73,10 +74,13 @@ def check_layer(
     weight_on: Any,
     quantize_activations: Any,
     quantize_gradients: Any,
+    x_row: Array | None = None,
 ) -> Layer:
-    """Everything that can be wrong with a call, except the values of the ids."""
+    """Everything that can be wrong with a call, except the values of the ids and of ``x_row``."""
     x = _backend.as_array(function, "x", x, ROW_TYPES, (("num_tokens", None), ("hidden", None)))
     num_tokens, hidden = x.shape
+    if x_row is not None:
+        num_tokens = len(x_row)
     slots: tuple[_check.Axis, ...] = (("num_tokens", num_tokens), ("top_k", None))
     topk_idx = _backend.as_array(function, "topk_idx", topk_idx, _check.INTEGERS, slots)
     slots = (("num_tokens", num_tokens), ("top_k", topk_idx.shape[1]))
@@ -106,7 +110,7 @@ def check_layer(
             topk_weights = topk_weights.astype("float32")
     return Layer(
         x, topk_idx, topk_weights, w_gate_up, w_down, b_gate_up, b_down,
-        program, weight_on, scale_format, quantize_gradients, chosen,
+        program, weight_on, scale_format, quantize_gradients, chosen, x_row,
     )  # fmt: skip
 
 
@@ -167,7 +171,8 @@ def gradient_arrays(
             _backend.check_together(function, layer.x, given)
         elif accumulate and name not in ("x", "topk_weights"):
             raise _check.value_error(function, f"out.{name}", "an array to accumulate into", "None")
-        arrays.append(_backend.empty_beside(layer.x, like.shape, dtype) if given is None else given)
+        shape = (len(layer.topk_idx), like.shape[1]) if name == "x" else like.shape
+        arrays.append(_backend.empty_beside(layer.x, shape, dtype) if given is None else given)
     return MoeGradients(*arrays)
 
 

@@ -147,6 +147,15 @@ def moe_forward(
 
     if out is not None:
         check_output("moe_forward", "out", out, layer, given)
+    return forward_of(layer, alignment, return_saved, out)
+
+
+def forward_of(layer: Layer, alignment: int, return_saved: bool, out: Any) -> Any:
+    """:func:`moe_forward` of checked arguments.
+
+    Tokens that share rows of x by ``layer.x_row`` share those of :func:`moe_backward`'s ``grad_y`` too; their gradients
+    of x are their own. See :func:`shares_rows`.
+    """
     try:
         plan = plan_routes(layer.topk_idx, layer.w_down.shape[0], alignment=alignment, backend=layer.backend)
     except ValueError as error:  # an id out of range, or too many rows: the arguments have the same names here
@@ -154,15 +163,20 @@ def moe_forward(
     x, gate_up = layer.x, None
     if return_saved:
         gate_up = _backend.empty_beside(x, (plan.num_rows, layer.w_gate_up.shape[1]), x.dtype)
-    y = _backend.empty_beside(x, x.shape, x.dtype) if out is None else out
+    y = _backend.empty_beside(x, (plan.num_tokens, x.shape[1]), x.dtype) if out is None else out
     match layer.backend:
         case "cpu":
-            _backend.core.moe_forward(_native_layer(layer), *_native_plan(plan), gate_up, y)
+            _backend.core.moe_forward(_native_layer(layer), *_native_plan(layer, plan), gate_up, y)
         case "cuda":
             _device.forward(layer, plan, gate_up, y)
         case _:
             _moe_parts.forward(layer, plan, gate_up, y, PART_BYTES)
     return y if gate_up is None else (y, MoeSaved(layer, plan, gate_up))
+
+
+def shares_rows(x: Array, quantized: bool) -> bool:
+    """Whether tokens can share rows of such an x here, with weights that are not on the input and alignment 1."""
+    return not quantized and _backend.choose("moe_forward", None, x) == "cpu"
 
 
 def moe_backward(
@@ -220,7 +234,7 @@ def moe_backward(
     match layer.backend:
         case "cpu" if not layer.quantize_gradients:
             _backend.core.moe_backward(
-                _native_layer(layer), *_native_plan(plan), saved.gate_up, grad_y, tuple(grads), accumulate
+                _native_layer(layer), *_native_plan(layer, plan), saved.gate_up, grad_y, tuple(grads), accumulate
             )
         case "cuda":
             _device.backward(layer, plan, saved.gate_up, grad_y, grads, accumulate)
@@ -240,5 +254,6 @@ def _native(w: Operand) -> Any:
     return (w.codes, w.format, w.scales, *w.block) if isinstance(w, Fp8Array) else w
 
 
-def _native_plan(plan: RoutePlan) -> tuple[Array, ...]:
-    return plan.expert_offsets, plan.row_to_token, plan.token_to_row
+def _native_plan(layer: Layer, plan: RoutePlan) -> tuple[Array, ...]:
+    rows = plan.row_to_token if layer.x_row is None else layer.x_row[plan.row_to_token]
+    return plan.expert_offsets, rows, plan.token_to_row

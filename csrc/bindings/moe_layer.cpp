@@ -84,10 +84,11 @@ void check_map(const int32_t *map, int64_t count, int64_t limit) {
 
 // The values of the plan bound every access, so they are checked as well.
 void use_plan(MoeLayer &layer, const py::array &offsets, const py::array &tokens, const py::array &rows,
-              int64_t num_tokens) {
+              int64_t x_rows) {
     if (rows.ndim() != 2 || rows.shape(1) < 1 || offsets.size() < 2)
         throw std::invalid_argument("_core: a plan must have at least one expert and one slot");
-    const int64_t num_rows = tokens.size(), top_k = rows.shape(1), num_experts = offsets.size() - 1;
+    const int64_t num_rows = tokens.size(), num_tokens = rows.shape(0), top_k = rows.shape(1);
+    const int64_t num_experts = offsets.size() - 1;
     layer.expert_offsets = input<int64_t>(offsets, "expert_offsets", {num_experts + 1});
     bool ok = layer.expert_offsets[0] == 0 && layer.expert_offsets[num_experts] == num_rows;
     for (int64_t e = 0; ok && e < num_experts; ++e)
@@ -97,7 +98,8 @@ void use_plan(MoeLayer &layer, const py::array &offsets, const py::array &tokens
     layer.num_experts = num_experts;
     layer.maps = {num_tokens, top_k, num_rows, input<int32_t>(tokens, "row_to_token", {num_rows}),
                   input<int32_t>(rows, "token_to_row", {num_tokens, top_k})};
-    check_map(layer.maps.row_to_token, num_rows, num_tokens);
+    layer.x_rows = x_rows;
+    check_map(layer.maps.row_to_token, num_rows, x_rows);
     check_map(layer.maps.token_to_row, num_tokens * top_k, num_rows);
 }
 
@@ -133,7 +135,7 @@ MoeLayer layer_of(const py::tuple &given, const py::array &expert_offsets, const
     layer.program = program(given[6].cast<py::tuple>());
     layer.pre_activations = layer.intermediate * (layer.program.kind == ActivationProgram::relu2 ? 1 : 2);
     layer.row_type = row_type(x, "x");
-    layer.x = float_input(x, "x", {layer.maps.num_tokens, layer.hidden});
+    layer.x = float_input(x, "x", {layer.x_rows, layer.hidden});
     layer.topk_weights =
         input<float>(array_of(given[1], "topk_weights"), "topk_weights", {layer.maps.num_tokens, layer.maps.top_k});
     layer.w_gate_up = weights(given[2], "w_gate_up", layer.num_experts, layer.pre_activations, layer.hidden);
@@ -141,6 +143,8 @@ MoeLayer layer_of(const py::tuple &given, const py::array &expert_offsets, const
     layer.b_gate_up = expert_bias(given[4], "b_gate_up", layer.num_experts, layer.pre_activations);
     layer.b_down = expert_bias(given[5], "b_down", layer.num_experts, layer.hidden);
     layer.weight_on = weight_on(given[7].cast<std::string>());
+    if (layer.weight_on == WeightOn::input && layer.x_rows != layer.maps.num_tokens)
+        throw std::invalid_argument("_core: with weights on the input x must have a row for every token");
     layer.quantize = !given[8].is_none();
     layer.power_of_two = layer.quantize && given[8].cast<std::string>() == "ue8m0";
     layer.part_bytes = std::min<int64_t>(given[9].cast<int64_t>(), int64_t{1} << 60);
@@ -165,7 +169,7 @@ void moe_backward(const py::tuple &layer, const py::array &expert_offsets, const
     const MoeLayer &of = args.layer = layer_of(layer, expert_offsets, row_to_token, token_to_row);
     const int64_t tokens = of.maps.num_tokens, experts = of.num_experts;
     args.gate_up = typed_input(gate_up, "gate_up", of.row_type, {of.maps.num_rows, of.pre_activations});
-    args.grad_y = typed_input(grad_y, "grad_y", of.row_type, {tokens, of.hidden});
+    args.grad_y = typed_input(grad_y, "grad_y", of.row_type, {of.x_rows, of.hidden});
     args.accumulate = accumulate;
     args.x = typed_output(grads[0], "x", of.row_type, {tokens, of.hidden});
     const auto float32 = [&](size_t i, const char *name, std::initializer_list<int64_t> shape) {

@@ -228,11 +228,11 @@ template <class Row> void forward(const MoeForwardArgs &args) {
     const Bytes gate_up(args.gate_up ? 0 : most * pre * size);
     const Bytes rows((quantize && !weigh ? inner : std::max(hidden, inner)) * most * size); // of x, then hidden
     const Bytes unweighted(weigh ? most * hidden * size : 0);
-    const Quantized x(quantize && !weigh ? layer.maps.num_tokens : 0, hidden);
+    const Quantized x(quantize && !weigh ? layer.x_rows : 0, hidden);
     const Quantized quantized_rows(quantize ? most : 0, hidden), quantized_hidden(quantize ? most : 0, inner);
     const Workspace<float> weights = layer.weight_on == WeightOn::pre_down ? row_weights(layer) : Workspace<float>();
     if (quantize && !weigh)
-        x.fill(layer, layer.x, layer.maps.num_tokens);
+        x.fill(layer, layer.x, layer.x_rows);
 
     for (const Part &part : parts) {
         if (part.num_rows == 0)

@@ -162,11 +162,11 @@ def _run_experts(step: Step, arrived: Arrived, received: Tensor, params: Any) ->
     if len(w_down) == 0:
         return received, received.new_empty(0)
     weights = arrived.weights if step.options.weight_on == "pre_down" else torch.ones_like(arrived.weights)
-    given = (arrived.expand(received), arrived.local_slot, weights, w_gate_up, None, w_down, None, b_gate_up, b_down)
+    x, x_row = arrived.slots_of(received, step.options.precision)
+    given = (x, arrived.local_slot, weights, w_gate_up, None, w_down, None, b_gate_up, b_down)
     if step.agreed.records:
-        results, gate_up = moe.saved_kernel(*given, *step.options.of_experts)
-        return results, gate_up
-    return moe.moe_kernel(*given, *step.options.of_experts), received.new_empty(0)
+        return moe.saved_kernel(*given, *step.options.of_experts, x_row=x_row)
+    return moe.moe_kernel(*given, *step.options.of_experts, x_row=x_row), received.new_empty(0)
 
 
 def _run_backward(
@@ -179,9 +179,10 @@ def _run_backward(
     w_gate_up, w_down, b_gate_up, b_down = params
     if len(w_down) == 0:
         return MoeGradients(grad_rows, arrived.weights, w_gate_up, w_down, b_gate_up, b_down)
+    (grad_y, _), (x, x_row) = (arrived.slots_of(rows, step.options.precision) for rows in (grad_rows, received))
     grads = moe.backward_kernel(
-        arrived.expand(grad_rows), gate_up, arrived.expand(received), arrived.local_slot, arrived.weights,
-        w_gate_up, None, w_down, None, b_gate_up, b_down, *step.options.of_experts, ",".join(wanted),
+        grad_y, gate_up, x, arrived.local_slot, arrived.weights, w_gate_up, None, w_down, None, b_gate_up, b_down,
+        *step.options.of_experts, ",".join(wanted), x_row=x_row,
     )  # fmt: skip
     return MoeGradients(*grads)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._expert_parallel_plan import ExpertSlots
+from .moe import shares_rows
 from .permutation import RoutePlan, permute, plan_routes
 
 
@@ -120,11 +121,13 @@ class Arrived(NamedTuple):
             weights = _in_order(place, described[:, top_k:].view(torch.float32), num_slots)
         return cls(_in_order(place, local, num_slots), weights, plan.row_to_token[:num_slots], plan.token_to_row)
 
-    def expand(self, rows: Tensor) -> Tensor:
-        """The row of every slot: [rows, hidden] to [R, hidden]."""
-        if len(rows) == len(self.row):  # one slot each
-            return rows
-        return permute(rows, RoutePlan(self.row, self.row, self.row, self.slots_of_row))
+    def slots_of(self, rows: Tensor, precision: str | None) -> tuple[Tensor, Tensor | None]:
+        """What the experts read for each slot: rows, and which of them, or None where every slot has one."""
+        if len(rows) == len(self.row):
+            return rows, None
+        if shares_rows(rows, precision):
+            return rows, self.row
+        return permute(rows, RoutePlan(self.row, self.row, self.row, self.slots_of_row)), None
 
 
 def _in_order(place: Tensor, values: Tensor, count: int) -> Tensor:

@@ -11,12 +11,12 @@ from torch import Tensor
 from .. import _check
 from .. import moe as core
 from .._activation import Activation, activation_program
-from .._moe_arguments import MoeGradients, WeightOn, check_layer
+from .._moe_arguments import Layer, MoeGradients, WeightOn, check_layer
 from ..quantization import ScaleFormat
 from ..route_plan import plan_routes
 from ._fp8_weights import fp8_weight, frozen_weight
 from ._library import define, goes_direct
-from ._tensors import array, check_tensors, float32_array, ids_array, optional_array, tensor
+from ._tensors import array, check_tensors, float32_array, ids_array, on_host, optional_array, tensor
 from .grouped_gemm import Operand, autocast_float
 from .quantization import Fp8Tensor, fp8_array
 
@@ -124,9 +124,12 @@ def _arguments(
     return positional, *biases, SCALE_FORMATS.get(precision) or quantize or False
 
 
-def _forward(args: tuple[Any, ...], return_saved: bool) -> Any:
+def _forward(args: tuple[Any, ...], return_saved: bool, x_row: Tensor | None) -> Any:
     _, _, activation, limit, alpha, weight_on, _, precision = args[9:]
     positional, b_gate_up, b_down, quantize = _arguments("moe_forward", args[:9], args[9:])
+    if x_row is not None:
+        layer = _layer_of("moe_forward", positional, (b_gate_up, b_down), args[9:], quantize, x_row)
+        return core.forward_of(layer, 1, return_saved, None)
     return core.moe_forward(
         *positional, b_gate_up=b_gate_up, b_down=b_down, activation=activation, limit=limit, alpha=alpha,
         weight_on=weight_on, quantize_activations=quantize, quantize_gradients=bool(precision),
@@ -134,8 +137,25 @@ def _forward(args: tuple[Any, ...], return_saved: bool) -> Any:
     )  # fmt: skip
 
 
-def moe_kernel(*args: Any) -> Tensor:
-    return tensor(_forward(args, False))
+def _layer_of(
+    function: str, positional: Any, biases: Any, options: tuple[Any, ...], quantize: Any, x_row: Tensor | None
+) -> Layer:
+    _, _, activation, limit, alpha, weight_on, _, precision = options
+    x, topk_idx, topk_weights, *weights = positional
+    return check_layer(
+        function, x, topk_idx, topk_weights, (weights[0], weights[1]), biases, None,
+        activation_program(function, activation, limit, alpha), weight_on, quantize, bool(precision),
+        optional_array(function, "x_row", x_row),
+    )  # fmt: skip
+
+
+def shares_rows(x: Tensor, precision: str | None) -> bool:
+    """Whether the kernels below take an ``x_row`` for such rows: the row of x that each token has."""
+    return on_host(x) and core.shares_rows(array("moe_forward", "x", x), bool(precision))
+
+
+def moe_kernel(*args: Any, x_row: Tensor | None = None) -> Tensor:
+    return tensor(_forward(args, False, x_row))
 
 
 def _moe_fake(x: Tensor, *args: Any) -> Tensor:
@@ -143,8 +163,8 @@ def _moe_fake(x: Tensor, *args: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def saved_kernel(*args: Any) -> tuple[Tensor, Tensor]:
-    y, saved = _forward(args, True)
+def saved_kernel(*args: Any, x_row: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    y, saved = _forward(args, True, x_row)
     gate_up, slots = saved.gate_up, args[1].numel()
     if gate_up.shape[0] < slots:  # slots that are not routed have no row: the static shape has one for each
         missing = np.zeros((slots - gate_up.shape[0], gate_up.shape[1]), gate_up.dtype)
@@ -175,16 +195,11 @@ def _grad(ctx: Any, grad_y: Tensor, _: Tensor | None) -> tuple[Tensor | None, ..
     return tuple(result)
 
 
-def backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any) -> tuple[Tensor, ...]:
+def backward_kernel(grad_y: Tensor, gate_up: Tensor, *args: Any, x_row: Tensor | None = None) -> tuple[Tensor, ...]:
     function = "moe_backward"
     wanted = args[-1].split(",")
-    _, _, activation, limit, alpha, weight_on, _, precision = args[9:-1]
     positional, b_gate_up, b_down, quantize = _arguments(function, args[:9], args[9:-1], wanted)
-    x, topk_idx, topk_weights, *weights = positional
-    layer = check_layer(
-        function, x, topk_idx, topk_weights, (weights[0], weights[1]), (b_gate_up, b_down), None,
-        activation_program(function, activation, limit, alpha), weight_on, quantize, bool(precision),
-    )  # fmt: skip
+    layer = _layer_of(function, positional, (b_gate_up, b_down), args[9:-1], quantize, x_row)
     plan = plan_routes(layer.topk_idx, layer.w_down.shape[0])
     rows = array(function, "gate_up", gate_up)[: plan.num_rows]
     saved = core.MoeSaved(layer, plan, rows)
