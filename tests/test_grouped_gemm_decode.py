@@ -138,10 +138,10 @@ def test_columns_whose_scales_change(cpu_floor, kind, block, rng):
 
 
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
-@pytest.mark.parametrize("place", [0, 2, 8])
+@pytest.mark.parametrize("place", [0, 2, 8, 33])
 def test_one_block_of_a_row_that_no_power_of_two_fits(cpu_floor, kind, place, rng):
-    """The blocks before it are already multiplied by theirs when it is met."""
-    n, k = 20, 9 * 128
+    """It takes its run of up to 32 blocks with it, not the run before."""
+    n, k = 20, (9 if place < 9 else 35) * 128
     b = codes_of(rng, kind, (1, n, k))
     for edge in ("far apart", "2^48", "below 2^40", "smallest that 2^48 allows"):
         a = rng.standard_normal((1, k)).astype(np.float32)

@@ -27,9 +27,11 @@ template <class Format> struct Shifted {
         memcpy(&codes, from, static_cast<size_t>(count));
         return place(_mm_cvtsi64_si128(static_cast<int64_t>(codes)));
     }
-    PYROUTE_INLINE f32x8 finish(const Block &b, const f32x8 &partial) { return partial * broadcast<f32x8>(b.undo); }
-    PYROUTE_INLINE f32x8 finish(const Run &r, int block, const f32x8 &partial) {
-        return partial * broadcast<f32x8>(r.undo[block]);
+    PYROUTE_INLINE f32x8 finish(const Block &b, const f32x8 &partial) {
+        return partial * broadcast<f32x8>(b.powers.undo);
+    }
+    PYROUTE_INLINE f32x8 finish(const Run &r, const f32x8 &partial) {
+        return partial * broadcast<f32x8>(r.powers.undo);
     }
 
     // A code that is no number among those of these columns.
@@ -54,25 +56,26 @@ template <class Format> struct Shifted {
 // The same columns with the rows as they were: a multiplication back is exact.
 template <class Type> struct Restored : Exact<Type> {
     PYROUTE_INLINE f32x8 row(const Block &b, int i, int k) {
-        return load<f32x8>(&b.x[i][k]) * broadcast<f32x8>(b.restore);
+        return load<f32x8>(&b.x[i][k]) * broadcast<f32x8>(b.powers.restore);
     }
 };
 
-// Multiplies the rows of a block by a power of two such that their products with Shifted weights, summed, are 2^-32
-// times (b.undo) or once the sums of the plain values, bit for bit; false where there is none.
+// A power of two for rows of float32 such that their products with Shifted weights, summed, are 2^-32 times (`undo`) or
+// once the sums of the plain values, bit for bit; false where there is none. `num_rows` runs of `length` elements, a
+// multiple of eight, `stride` apart.
 //
 // A product w' x' with w' = w 2^-bias and x' = x 2^bias is the real number w x, and x' is exact unless it overflows:
 // |x| < 2^(128 - bias) is all that the first power asks for. With x' = x 2^(bias - 32) every sum is 2^-32 times what
 // it was as long as nothing is lost at the lower end: float32 x is a multiple of 2^(e - 23) where 2^e is the smallest
 // magnitude beside zero, w of 2^(min_exponent - mantissa_bits); if 2^-32 times their product is no less than 2^-149,
 // the smallest subnormal, then sums round where they rounded before. At the upper end sums stay far below 2^128.
-template <class Format> bool choose_power(Block &b, int rows) {
+template <class Format> bool choose_power(const float *x, int num_rows, int length, int stride, Powers &to) {
     constexpr int bias = Shifted<Format>::bias, smallest_exponent = -94 + Format::mantissa_bits - Format::min_exponent;
     const __m256i one = _mm256_set1_epi32(1), magnitude = _mm256_set1_epi32(0x7fffffff);
     __m256i largest = _mm256_setzero_si256(), smallest = _mm256_set1_epi32(-1); // less one, so that zero is the largest
-    for (int i = 0; i < rows; ++i)
-        for (int k = 0; k < b.length; k += lanes) {
-            const __m256i bits = _mm256_and_si256(load<__m256i>(&b.x[i][k]), magnitude);
+    for (int i = 0; i < num_rows; ++i)
+        for (int k = 0; k < length; k += lanes) {
+            const __m256i bits = _mm256_and_si256(load<__m256i>(x + i * stride + k), magnitude);
             largest = _mm256_max_epu32(largest, bits);
             smallest = _mm256_min_epu32(smallest, _mm256_sub_epi32(bits, one));
         }
@@ -90,12 +93,13 @@ template <class Format> bool choose_power(Block &b, int rows) {
         power = bias - 32;
     }
     const auto power_of_two = [](int exponent) { return bit_cast<float>((127 + exponent) << 23); };
-    b.undo = power_of_two(bias - power);
-    b.restore = power_of_two(-power);
-    for (int i = 0; i < rows; ++i)
-        for (int k = 0; k < b.length; k += lanes)
-            store(&b.x[i][k], load<f32x8>(&b.x[i][k]) * broadcast<f32x8>(power_of_two(power)));
+    to = {power_of_two(power), power_of_two(bias - power), power_of_two(-power)};
     return true;
+}
+
+PYROUTE_INLINE void multiply_row(float *x, int length, float power) {
+    for (int k = 0; k < length; k += lanes)
+        store(x + k, load<f32x8>(x + k) * broadcast<f32x8>(power));
 }
 
 template <class Format, int rows, int cols> PYROUTE_INLINE void multiply_shifted(Block &b, int col) {
@@ -108,28 +112,29 @@ template <class Format, int rows, int cols> PYROUTE_INLINE void multiply_shifted
 
 template <class Format, int rows> struct ShiftedBlock {
     static void multiply(Block &b) {
-        if (!choose_power<Format>(b, rows))
+        if (!choose_power<Format>(b.x[0], rows, (b.length + lanes - 1) / lanes * lanes, panel_depth, b.powers))
             return ExactBlock<Fp8<Format>, rows>::multiply(b);
+        for (int i = 0; i < rows; ++i)
+            multiply_row(b.x[i], b.length, b.powers.power);
         constexpr int cols = columns_at_once(rows);
         int col = 0;
         for (; col + cols <= b.num_cols; col += cols) {
-            fetch_next(b, col, cols, 1);
+            fetch_next(b, cols * b.length);
             multiply_shifted<Format, rows, cols>(b, col);
         }
         for (; col < b.num_cols; ++col)
             multiply_shifted<Format, rows, 1>(b, col);
-        done_with_block(b, 1);
     }
 };
 
 template <class Format> struct ShiftedRun {
     using Storage = uint8_t;
-    static bool place(Block &b, int block) {
-        if (!choose_power<Format>(b, 1))
+    static bool place(Run &r) {
+        const int length = r.num_blocks * panel_depth;
+        if (!choose_power<Format>(r.x, 1, length, length, r.powers))
             return false;
-        b.run.undo[block] = b.undo;
-        b.run.restore[block] = b.restore;
-        return ExactRun<Fp8<Format>>::place(b, block);
+        multiply_row(r.x, length, r.powers.power);
+        return true;
     }
 
     template <int blocks>
@@ -159,8 +164,8 @@ template <class Format> struct ShiftedRun {
         for (int i = first; i < first + blocks; ++i) {
             f32x8 partial = {};
             for (int k = i * panel_depth; k < (i + 1) * panel_depth; k += lanes)
-                partial = fma(load<f32x8>(r.x + k) * broadcast<f32x8>(r.restore[i]), Exact<Fp8<Format>>::widen(y + k),
-                              partial);
+                partial = fma(load<f32x8>(r.x + k) * broadcast<f32x8>(r.powers.restore),
+                              Exact<Fp8<Format>>::widen(y + k), partial);
             total = fma(partial, broadcast<f32x8>(r.scales[i]), total);
         }
     }

@@ -97,12 +97,11 @@ template <class Format, int rows> struct TableBlock {
         const CodeReader<Format> reader;
         int col = 0;
         for (; col + cols <= b.num_cols; col += cols) {
-            fetch_next(b, col, cols, 1);
+            fetch_next(b, cols * b.length);
             multiply_pairs<Format, rows, pairs, whole>(b, reader, col, b.y_stride);
         }
         for (; col < b.num_cols; col += 2) // a last column without a partner is its own
             multiply_pairs<Format, rows, 1, whole>(b, reader, col, col + 1 < b.num_cols ? b.y_stride : 0);
-        done_with_block(b, 1);
     }
 };
 
@@ -111,13 +110,15 @@ template <class Format> struct TableRun {
     using Storage = uint8_t;
     CodeReader<Format> reader;
 
-    static bool place(Block &b, int block) {
-        float *to = b.run.x + block / 2 * 2 * panel_depth + block % 2 * lanes;
-        const bool alone = block % 2 == 0 && block + 1 == b.run.num_blocks;
-        for (int k = 0; k < panel_depth; k += lanes, to += 2 * lanes) {
-            store(to, load<f32x8>(&b.x[0][k]));
-            if (alone)
-                store(to + lanes, f32x8{});
+    static bool place(Run &r) {
+        if (r.num_blocks % 2)
+            memset(r.x + r.num_blocks * panel_depth, 0, panel_depth * sizeof(float));
+        for (float *to = r.x, *end = r.x + r.num_blocks * panel_depth; to < end; to += 2 * panel_depth) {
+            alignas(64) float pair[2][panel_depth];
+            memcpy(pair, to, sizeof(pair));
+            for (int k = 0; k < panel_depth; k += lanes)
+                for (int half = 0; half < 2; ++half)
+                    store(to + 2 * k + half * lanes, load<f32x8>(&pair[half][k]));
         }
         return true;
     }

@@ -7,13 +7,18 @@
 // passes by, some columns at a time, each weight widened once for all rows. The totals (at most 16 KiB) wait in L1.
 // What the thread will read next is fetched line by line meanwhile.
 //
-// Plan for one row: only memory that is read from end to end comes at full speed (one Zen 4 core, GB/s: 28; two columns
-// side by side 11, eight with prefetches 14 to 20, block by block with prefetches 16), so the row is widened first and
-// each column is read alone, 512 bytes of it abreast: four blocks of FP8, two of bfloat16, one of float32, whose sums
-// overlap all the same since no block waits for another. On two threads, all from memory: FP8 27 to 31 GB/s (AVX2 22 to
-// 29), where plain reading gives 37; bfloat16 and float32 30 to 32, as plain reading in that run. Four blocks of
-// float32 abreast, 2 KiB: 18 (AVX2 15), of bfloat16 26; eight of FP8 17. Prefetches on top: none to 44 % slower. Two
-// rows in this way: as fast as block by block with AVX2, 10 % slower with AVX-512.
+// Plan for one row: it is widened first, up to 4096 elements so that they take half of L1, and each column is read
+// alone, 512 bytes of it abreast: four blocks of FP8, two of bfloat16, one of float32, whose sums overlap all the same
+// since no block waits for another (one Zen 4 core, GB/s: 28; two columns side by side 11). Of longer rows a column is
+// read in several runs with the other columns between them, and runs of 4 KiB that begin anywhere lose the hardware's
+// prefetchers: loads alone get 12 GB/s where they get 35 from end to end. So here too what the thread will read next is
+// fetched, into L2 and in the order of memory, whatever the order of use. Two threads, FP8, GB/s without and with it:
+// 26 and 30 for K = 4096, 13 and 29 for 7168, 13 and 27 for 16384 (AVX2 28 and 31, 12 and 29, 12 and 28); bfloat16 14
+// and 31 for 7168. Into L1 instead: 17, past the caches: 16. Lost: one run of up to 8192 or 16384 (14 and 11, with
+// prefetches within the column 16 and 15), runs of 2048 (as fast), tasks of half or twice the size (as fast or slower).
+// Float32 and bfloat16 in one run are not fetched: 5 to 10 % slower. Four blocks of float32 abreast, 2 KiB: 18 (AVX2
+// 15), of bfloat16 26; eight of FP8 17. Two rows in this way: as fast as block by block with AVX2, 10 % slower with
+// AVX-512.
 #include "cpu/grouped_gemm_decode.h"
 
 #include "cpu/scalar/grouped_gemm_pack.h"
@@ -25,12 +30,17 @@ constexpr int lanes = 8;
 constexpr int run_blocks = 32; // of the contraction: 4096 elements of a row are half of L1
 constexpr int bytes_abreast = 512;
 
+// Powers of two that rows are multiplied by; what undoes it in sums, and in rows. See Shifted.
+struct Powers {
+    float power, undo, restore;
+};
+
 // Whole blocks of the contraction for one row, whose columns are read one after another.
 struct Run {
     int num_blocks;
     alignas(64) float x[run_blocks * panel_depth];  // AVX-512 FP8: two blocks side by side, step by step
     float x_scales[run_blocks], scales[run_blocks]; // the row's; times the column's
-    float undo[run_blocks], restore[run_blocks];    // see Shifted
+    Powers powers;
 };
 
 // One block of the contraction for all columns of a call.
@@ -38,8 +48,8 @@ struct Block {
     const void *y; // weights of the first column
     int64_t y_stride;
     int length, num_cols;
-    float undo, restore; // see Shifted
-    const char *next;
+    Powers powers;
+    const char *next; // null: nothing
     alignas(64) float x[decode_rows][panel_depth];
 #if defined(__AVX512VBMI__)
     alignas(64) float x_twice[decode_rows][2 * panel_depth]; // every step beside itself
@@ -53,15 +63,13 @@ struct Block {
 // Two columns lie side by side, so that a register of sixteen lanes holds both.
 constexpr int total_index(int col, int row, int rows) { return (col / 2 * rows + row) * 2 + col % 2; }
 
-// The lines of what comes next, one for each line of what is read.
-PYROUTE_INLINE void fetch_next(const Block &b, int col, int cols, int item_size) {
-    if (b.next)
-        for (int64_t bytes = b.length * item_size, line = 0; line < cols * bytes; line += 64)
-            __builtin_prefetch(b.next + col * bytes + line, 0, 2);
-}
-PYROUTE_INLINE void done_with_block(Block &b, int item_size) {
-    if (b.next)
-        b.next += b.num_cols * int64_t{b.length} * item_size;
+// The lines of what comes next, one for each line of what is read, in the order of memory.
+PYROUTE_INLINE void fetch_next(Block &b, int64_t bytes) {
+    if (!b.next)
+        return;
+    for (int64_t line = 0; line < bytes; line += 64)
+        __builtin_prefetch(b.next + line, 0, 2);
+    b.next += bytes;
 }
 
 template <class Type> struct Exact {
@@ -70,7 +78,7 @@ template <class Type> struct Exact {
     PYROUTE_INLINE f32x8 widen(const Storage *from) { return load_elements<Type>(from); }
     PYROUTE_INLINE f32x8 widen(const Storage *from, int count) { return load_elements<Type>(from, count); }
     PYROUTE_INLINE f32x8 finish(const Block &, const f32x8 &partial) { return partial; }
-    PYROUTE_INLINE f32x8 finish(const Run &, int, const f32x8 &partial) { return partial; }
+    PYROUTE_INLINE f32x8 finish(const Run &, const f32x8 &partial) { return partial; }
 };
 
 template <class Weights, int rows, int cols> PYROUTE_INLINE void multiply_columns(Block &b, int col) {
@@ -115,12 +123,11 @@ template <class Type, int rows> struct ExactBlock {
         constexpr int cols = columns_at_once(rows), size = sizeof(typename Type::Storage);
         int col = 0;
         for (; col + cols <= b.num_cols; col += cols) {
-            fetch_next(b, col, cols, size);
+            fetch_next(b, cols * b.length * size);
             multiply_columns<Exact<Type>, rows, cols>(b, col);
         }
         for (; col < b.num_cols; ++col)
             multiply_columns<Exact<Type>, rows, 1>(b, col);
-        done_with_block(b, size);
     }
 };
 
@@ -137,15 +144,12 @@ PYROUTE_INLINE void add_blocks(const Run &r, const typename Weights::Storage *y,
             partial[j] = fma(load<f32x8>(x + j * panel_depth + k), Weights::widen(y + j * panel_depth + k), partial[j]);
 #pragma GCC unroll 4
     for (int j = 0; j < blocks; ++j)
-        total = fma(Weights::finish(r, first + j, partial[j]), broadcast<f32x8>(r.scales[first + j]), total);
+        total = fma(Weights::finish(r, partial[j]), broadcast<f32x8>(r.scales[first + j]), total);
 }
 
 template <class Type> struct ExactRun {
     using Storage = typename Type::Storage;
-    static bool place(Block &b, int block) {
-        memcpy(b.run.x + block * panel_depth, b.x[0], sizeof(b.x[0]));
-        return true;
-    }
+    static bool place(Run &) { return true; }
     template <int blocks>
     PYROUTE_INLINE void add(const ExactRun &, const Run &r, const Storage *y, int first, f32x8 &total) {
         add_blocks<Exact<Type>, blocks>(r, y, first, total);
@@ -197,7 +201,7 @@ MultiplyBlock multiply_block_of(ElementType type, int64_t num_rows) {
 }
 
 struct RunKernel {
-    bool (*place)(Block &, int block); // the row's block to the run; false: not for this kernel
+    bool (*place)(Run &); // the row, widened, to the kernel's order; false: unchanged and not for this kernel
     void (*multiply)(Block &, const PanelSource &y, int64_t first_col, int64_t depth);
 };
 
@@ -221,8 +225,11 @@ template <class Kernel> void multiply_run(Block &b, const PanelSource &s, int64_
         }
         f32x8 total = load<f32x8>(b.totals[col]);
         int i = 0;
-        for (; i + abreast <= r.num_blocks; i += abreast)
+        for (; i + abreast <= r.num_blocks; i += abreast) {
+            fetch_next(b, bytes_abreast);
             Kernel::template add<abreast>(kernel, r, y, i, total);
+        }
+        fetch_next(b, (r.num_blocks - i) * (bytes_abreast / abreast));
         switch (r.num_blocks - i) {
         case 3:
             Kernel::template add<3>(kernel, r, y, i, total);
@@ -313,24 +320,15 @@ void write_totals(const Block &b, const DecodeProduct &p, int64_t first_col) {
         }
 }
 
-bool place_row(Block &b, const DecodeProduct &p, int64_t depth, WidenRows widen_rows, const RunKernel &kernel) {
-    for (int i = 0; i < b.run.num_blocks; ++i, depth += panel_depth) {
-        widen_rows(p.x, 1, depth, panel_depth, b.x);
-        row_block_scales(p.x, 0, 1, depth / panel_depth, &b.run.x_scales[i]);
-        if (!kernel.place(b, i))
-            return false;
-    }
-    return true;
-}
-
 void multiply_run(Block &b, const DecodeProduct &p, int64_t first_col, int64_t depth, WidenRows widen_rows) {
-    b.length = panel_depth;
-    b.run.num_blocks = smaller((p.x.length - depth) / panel_depth, run_blocks);
+    Run &r = b.run;
+    r.num_blocks = smaller((p.x.length - depth) / panel_depth, run_blocks);
+    widen_rows(p.x, 1, depth, r.num_blocks * panel_depth, reinterpret_cast<float (*)[panel_depth]>(r.x));
+    for (int i = 0; i < r.num_blocks; ++i)
+        row_block_scales(p.x, 0, 1, depth / panel_depth + i, &r.x_scales[i]);
     RunKernel kernel = run_kernel_of(p.y.type, false);
-    if (!place_row(b, p, depth, widen_rows, kernel)) {
+    if (!kernel.place(r))
         kernel = run_kernel_of(p.y.type, true);
-        place_row(b, p, depth, widen_rows, kernel);
-    }
     kernel.multiply(b, p.y, first_col, depth);
 }
 
@@ -348,7 +346,8 @@ void multiply(const DecodeProduct &p, int64_t first_col, int64_t num_cols, const
     Block b;
     b.num_cols = static_cast<int>(num_cols);
     b.y_stride = p.y.stride;
-    b.next = p.num_rows == 1 ? nullptr : next;
+    const bool in_order = p.num_rows == 1 && p.x.length <= run_blocks * panel_depth; // the hardware knows what is next
+    b.next = in_order && item_size(p.y.type) > 1 ? nullptr : next;
     memset(b.totals, 0, sizeof(b.totals[0]) * static_cast<size_t>((num_cols + num_cols % 2) * p.num_rows));
     const auto widen_rows = widen_rows_of(p.x);
     const char *y = static_cast<const char *>(p.y.data) + first_col * p.y.stride * item_size(p.y.type);
