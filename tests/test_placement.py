@@ -197,6 +197,7 @@ def test_shapes_at_the_edges():
     [
         ({"loads": [1.0, -1.0]}, "loads must be finite and not negative, got -1.0"),
         ({"loads": [1.0, np.nan]}, "loads must be finite and not negative, got nan"),
+        ({"loads": [1e308, 1e308, 0.0]}, r"loads must be of a finite sum, got values up to 1e\+308"),
         ({"loads": np.zeros((2, 2, 2))}, r"loads must be of shape \[E\] or \[L, E\]"),
         ({"loads": "heavy"}, "loads must be"),
         ({"num_devices": 0}, r"num_devices must be in 1\.\."),

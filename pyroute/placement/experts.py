@@ -117,7 +117,7 @@ def place_experts(
 
     Parameters
     ----------
-    loads : real numbers [E] or [L, E], not negative
+    loads : real numbers [E] or [L, E], not negative, with a finite sum
         For example ``LoadAverage.average`` of ``tokens_per_expert``.
     num_devices : int
         D; at least one expert or replica for each.

@@ -82,7 +82,7 @@ class LoadAverage:
 
 
 def as_loads(function: str, argument: str, loads: Any) -> Array:
-    """float64 [E] or [L, E], finite and not negative."""
+    """float64 [E] or [L, E], finite and not negative, and so that every layer's sum is finite too."""
     if isinstance(loads, (list, tuple)):
         try:
             loads = np.asarray(loads, np.float64)
@@ -99,4 +99,7 @@ def as_loads(function: str, argument: str, loads: Any) -> Array:
     if not (np.isfinite(x).all() and (x >= 0).all()):
         bad = x[~(np.isfinite(x) & (x >= 0))][0]
         raise _check.value_error(function, argument, "finite and not negative", float(bad))
+    with np.errstate(over="ignore"):
+        if not np.isfinite(x.sum(axis=-1)).all():
+            raise _check.value_error(function, argument, "of a finite sum", f"values up to {x.max():g}")
     return x
