@@ -18,7 +18,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pyroute.pytorch import ExpertParallel, GroupedExperts
+from pyroute.pytorch import ExpertParallel, moe
+from pyroute.pytorch._expert_parallel_step import LayerOptions
+from pyroute.pytorch._expert_routes import Arrived
 
 
 def main() -> None:
@@ -111,19 +113,27 @@ def replay(transfers: list[Transfer]) -> None:
 
 
 def experts_alone(layer: ExpertParallel, options: Any, transfers: list[Transfer]) -> Callable[[], None]:
-    """This rank's experts on as many rows for each as arrive."""
+    """This rank's experts on the rows that arrive, which several of them may share."""
     here = transfers[1][0].view(torch.int32)[:, : options.top_k]
-    ids = here[here >= 0][:, None].contiguous()
-    alone = GroupedExperts(len(layer.local_experts), options.hidden, options.inner, dtype=layer.down_proj.dtype)
-    rows = torch.randn(len(ids), options.hidden, dtype=alone.down_proj.dtype).requires_grad_(options.backward)
-    weights = torch.ones(len(ids), 1).requires_grad_(options.backward)
-    grad = torch.randn(len(ids), options.hidden, dtype=rows.dtype)
+    arrived = Arrived.of(here, int((here >= 0).sum()), False)
+    weights = [layer.gate_up_proj.detach().clone(), layer.down_proj.detach().clone()]
+    rows, grad = (torch.randn(len(here), options.hidden, dtype=weights[0].dtype) for _ in range(2))
+    of_experts = LayerOptions(layer.activation, None, None, "output", None, None).of_experts
+    sums = [torch.zeros_like(weight) for weight in weights]
 
+    @torch.no_grad()
     def run() -> None:
-        with torch.set_grad_enabled(options.backward):
-            y = alone(rows, ids, weights)
-            if options.backward:
-                y.backward(grad)
+        x, x_row = arrived.slots_of(rows, None)
+        given = (x, arrived.local_slot, arrived.weights, weights[0], None, weights[1], None, None, None, *of_experts)
+        if not options.backward:
+            moe.moe_kernel(*given, x_row=x_row)
+            return
+        _, gate_up = moe.saved_kernel(*given, x_row=x_row)
+        grad_y, _ = arrived.slots_of(grad, None)
+        wanted = "x,topk_weights,w_gate_up,w_down"
+        grads = moe.backward_kernel(grad_y, gate_up, *given, wanted, x_row=x_row)
+        for total, found in zip(sums, grads[2:4], strict=True):
+            total += found
 
     return run
 

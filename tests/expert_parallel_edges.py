@@ -118,6 +118,30 @@ def end_before_construction(victim: int) -> None:
     ExpertParallel(8, 16, 8)
 
 
+def fail_in_step(victim: int, backward: bool) -> None:
+    """An error of the model's own on one rank, in its shared expert or between two layers' backward passes."""
+    layer, mine = ExpertParallel(8, 16, 8), dist.get_rank() == victim
+    x = torch.ones(4, 16, requires_grad=True)
+
+    def shared(given: torch.Tensor) -> torch.Tensor:
+        if mine and not backward:
+            raise ZeroDivisionError
+        return given
+
+    y = layer(layer(x, *routes()), *routes(), shared)
+    if mine and backward:
+        y.grad_fn.next_functions[0][0].register_hook(fail)
+    y.sum().backward()
+
+
+def routes() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.arange(8).view(4, 2), torch.ones(4, 2)
+
+
+def fail(*_: Any) -> None:
+    raise ZeroDivisionError
+
+
 def stop_process(victim: int) -> None:
     """A step in which ``victim`` stands still with all of its threads, those that keep the store among them."""
     layer = ExpertParallel(8, 16, 8)

@@ -158,6 +158,14 @@ def test_a_rank_that_dies_before_the_layer_is_made_is_named():
             assert outcome.error.startswith("RuntimeError: ExpertParallel: rank 1 is lost, silent for"), outcome.error
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_rank_that_fails_within_a_step_is_named(backward):
+    outcomes = run_ranks(3, ranks.fail_in_step, 1, backward)
+    assert outcomes[1].error.startswith("ZeroDivisionError")
+    for outcome in (outcomes[0], outcomes[2]):
+        assert outcome.error.startswith("RuntimeError: ExpertParallel: rank 1 is lost, silent for"), outcome.error
+
+
 def test_a_process_that_stands_still_with_the_store_is_named():
     timeout = 3.0
     outcomes = run_ranks(3, ranks.stop_process, 0, timeout=timeout, patience=9)
