@@ -49,6 +49,9 @@ std::optional<Cut> cut_for(const Variant &variant, const GatingArgs &args, int64
     Cut cut{&variant, {}};
     GatingLaunch &launch = cut.launch;
     launch.args = args;
+    launch.num_experts = static_cast<int32_t>(router.num_experts);
+    launch.top_k = static_cast<int32_t>(router.top_k);
+    launch.group_size = static_cast<int32_t>(size);
     int64_t lanes_per_group = 1;
     for (; 2 * lanes_per_group * router.num_groups <= variant.lanes; lanes_per_group *= 2)
         ++launch.group_shift;

@@ -9,7 +9,8 @@ namespace pyroute::cuda {
 // each of which holds a run of at most `experts_per_lane`; without groups all experts are one group.
 struct GatingLaunch {
     GatingArgs args;
-    uint32_t group_shift; // lanes_per_group = 1 << group_shift
+    int32_t num_experts, top_k, group_size; // the router's, in as many bits as an instruction takes
+    uint32_t group_shift;                   // lanes_per_group = 1 << group_shift
     int32_t experts_per_lane;
     float renormalize_eps, scaling_factor; // the router's, rounded
     int32_t token_words;                   // 32-bit words of shared memory of a token

@@ -22,8 +22,7 @@ struct Share {
 };
 
 template <int lanes> PYROUTE_DEVICE Share share_of(const GatingLaunch &launch) {
-    const Router &router = launch.args.router;
-    const auto size = static_cast<int32_t>(router.num_experts / router.num_groups);
+    const int32_t size = launch.group_size;
     Share mine;
     mine.index = lane_id() % lanes;
     mine.token = lane_id() / lanes;
@@ -31,8 +30,9 @@ template <int lanes> PYROUTE_DEVICE Share share_of(const GatingLaunch &launch) {
     const auto group = static_cast<int32_t>(mine.index >> launch.group_shift);
     const auto part = static_cast<int32_t>(mine.index & ((1u << launch.group_shift) - 1));
     const int32_t begin = part * launch.experts_per_lane;
-    mine.count = group < router.num_groups ? max_of(min_of(size - begin, launch.experts_per_lane), 0) : 0;
-    mine.first = mine.count ? group * size + begin : static_cast<int32_t>(router.num_experts) - 1;
+    const bool is_group = group * size < launch.num_experts;
+    mine.count = is_group ? max_of(min_of(size - begin, launch.experts_per_lane), 0) : 0;
+    mine.first = mine.count ? group * size + begin : launch.num_experts - 1;
     mine.nearest = max_of(mine.count - 1, 0);
     return mine;
 }
@@ -95,15 +95,25 @@ PYROUTE_DEVICE void load_logits(const GatingLaunch &launch, int64_t token, const
 // A lane's run into its token's row.
 template <int items>
 PYROUTE_DEVICE void store_run(const GatingLaunch &launch, const Share &mine, const float (&x)[items], float *row) {
-    if constexpr (items >= 4)
+    if constexpr (items >= 4) {
+        const auto store_four = [&](int i) {
+            store_words(row + mine.first + i,
+                        {{bits_of(x[i]), bits_of(x[i + 1]), bits_of(x[i + 2]), bits_of(x[i + 3])}});
+        };
+        if (launch.full) { // apart: under a condition compilers store four times 4 bytes, which share banks
+            PYROUTE_UNROLL
+            for (int i = 0; i < items; i += 4)
+                store_four(i);
+            return;
+        }
         if (launch.vectors) {
             PYROUTE_UNROLL
             for (int i = 0; i < items; i += 4)
-                if (launch.full || i < mine.count)
-                    store_words(row + mine.first + i,
-                                {{bits_of(x[i]), bits_of(x[i + 1]), bits_of(x[i + 2]), bits_of(x[i + 3])}});
+                if (i < mine.count)
+                    store_four(i);
             return;
         }
+    }
     PYROUTE_UNROLL
     for (int i = 0; i < items; ++i)
         if (i < mine.count)
