@@ -3,7 +3,7 @@
 // The dot product is 32 partial sums, column c to the one numbered c mod 32 in order, and the tree 16, 8, 4, 2, 1. So a
 // slot is for as many lanes as 32 columns have 16-byte pieces (4 for bfloat16, 8 for float32), each of which adds up
 // the partial sums of its piece: no lane ever waits for another one, and the eight slots of a token, in one warp, read
-// its grad_y together. Four pieces of both operands are in flight per thread: 64 KiB per SM with 4 blocks of 256
+// its grad_y together. Four pieces of both operands are in flight per thread: 48 KiB per SM with 3 blocks of 256
 // threads, not counting grad_y. Other blocks write the zeros of padding rows. Bytes: 2 k + 1 rows per token, 12 per
 // slot.
 #pragma once
