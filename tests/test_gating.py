@@ -115,10 +115,15 @@ def weight_bound(row, ids, config):
     if config.score_stage == "post":
         own = 12 + 2 * ((row[chosen].max() if chosen.size else 0) - row[ids]) + config.top_k
         return own + 1
-    own = 12 + 2 * (row.max() - row[ids]) if config.score == "softmax" else np.full(len(ids), 8.0)
+    own = score_bound(row, ids) if config.score == "softmax" else np.full(len(ids), 8.0)
     if not config.renormalize:
         return own + 1
     return own + own.max() + config.top_k + 3
+
+
+def score_bound(row, ids):
+    """Relative error of a softmax score in units of 2**-24: docs/ops/gating.md says where the terms come from."""
+    return (row.max() - row[ids]) + np.log(row.size) + np.ceil(row.size / 32) + 8
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,8 +148,18 @@ def test_scores_keep_their_bound_far_from_zero(floor, rng, score):
         gating = run(floor, logits, config)
         for row, ids, w in zip(logits.astype(np.float64), gating.topk_idx, gating.topk_weights, strict=True):
             exact = oracle.weights(row, ids, rule_of(config))
-            bound = 12 + 2 * (row.max() - row[ids]) if score == "softmax" else 8.0
+            bound = score_bound(row, ids) if score == "softmax" else 8.0
             assert (np.abs(w - exact) <= bound * U * exact + 2.0**-149).all()
+
+
+@pytest.mark.parametrize("num_experts", [64, 512, 1000, 1024])
+def test_a_sum_whose_every_addition_rounds_the_same_way_keeps_the_bound(floor, num_experts):
+    """A lane's further terms are just above half a step of its first, and each is rounded up to a whole one."""
+    logits = np.full((1, num_experts), np.log(0.51 * 2.0**-23), np.float32)
+    logits[0, :32] = 0
+    score = run(floor, logits, RouterConfig(num_experts, 1)).topk_weights[0, 0]
+    error = abs(score * np.exp(logits[0].astype(np.float64)).sum() - 1) / U
+    assert 0.95 * (num_experts // 32 - 1) < error <= score_bound(logits[0], 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
