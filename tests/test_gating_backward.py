@@ -152,6 +152,16 @@ def test_losses_are_equal_on_every_floor(cpu_floor, threads, rng):
             assert z_loss(logits, token_mask=mask, backend="cpu") == z_loss(logits, token_mask=mask, backend="numpy")
 
 
+@pytest.mark.parametrize("pattern", [0x7FC00000, 0xFFC00000, 0x7FA00001, 0xFFFFFFFF])
+@pytest.mark.parametrize("score", ["softmax", "sigmoid", "sqrtsoftplus"])
+def test_a_loss_that_is_nan_is_the_canonical_one(floor, rng, score, pattern):
+    logits = rng.normal(0, 2, (70, 8)).astype(np.float32)
+    logits[3, 1:3] = np.array(pattern, np.uint32).view(np.float32)
+    gating = topk_gating(logits, config := RouterConfig(8, 2, score))
+    for loss in (balance_loss(logits, gating, config, backend=floor.backend), z_loss(logits, backend=floor.backend)):
+        assert np.float64(loss).view(np.uint64) == 0x7FF8000000000000
+
+
 def test_losses_against_the_oracle(floor, rng):
     for name in ("softmax", "deepseek-v3", "sqrtsoftplus"):
         config, with_bias = ROUTERS[name]

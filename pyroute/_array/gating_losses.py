@@ -62,7 +62,10 @@ def balance_terms(
 
 
 def sum_tokens(xp: Any, values: Array, token_mask: Array | None) -> float:
-    """Sum of float64 [T] over the real tokens, in chunks of 64 in token order: the same for any number of threads."""
+    """Sum of float64 [T] over the real tokens, in chunks of 64 in token order: the same for any number of threads.
+
+    A NaN is the canonical one: which payload an addition keeps is the processor's choice.
+    """
     if token_mask is not None:
         values = xp.where(token_mask, values, 0.0)
     chunks = xp.zeros(-(-values.size // TOKEN_CHUNK) * TOKEN_CHUNK)
@@ -74,7 +77,7 @@ def sum_tokens(xp: Any, values: Array, token_mask: Array | None) -> float:
     total = 0.0
     for chunk in sums.tolist():  # not sum(): Python 3.12 compensates there
         total += chunk
-    return total
+    return total if total == total else float("nan")
 
 
 def balance_loss_terms(xp: Any, logits: Array, config: RouterConfig, balance: BalanceTerms) -> Array:
