@@ -12,6 +12,7 @@ that stop and tell what they waited for.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -151,7 +152,8 @@ def spoken(module: str, first: int, seconds: float) -> Iterator[tuple[str, int, 
             yield "crashed", running, f"its process ended with status {process.wait()}"
     finally:
         process.kill()
-        process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may take its time to end a kernel
+            process.wait(30)
         reader.join(5)
 
 

@@ -25,6 +25,7 @@ requirement failed is skipped; the others go on. Whatever a kernel does to the G
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
@@ -72,8 +73,10 @@ NOT_THERE = tuple(f"--ignore-glob=*{name}" for name in ("_sass.py", "_layout.py"
 
 
 def pytest(*arguments: str, seconds: int) -> tuple[str, ...]:
-    """Stopped early enough to tell what failed until then."""
-    until = (f"--session-timeout={seconds - 10}",) if importlib.util.find_spec("pytest_timeout") else ()
+    """Stopped early enough to tell what failed until then. A test that hangs ends its process, with a stack."""
+    if not importlib.util.find_spec("pytest_timeout"):
+        return (*PYTEST, *arguments)
+    until = (f"--session-timeout={seconds - 10}", f"--timeout={min(60, seconds - 10)}", "--timeout-method=thread")
     return (*PYTEST, *until, *arguments)
 
 
@@ -174,7 +177,8 @@ def run(stage: Stage, args: argparse.Namespace, folder: str, left: float) -> Res
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may take its time to end a kernel
+                    process.wait(30)
         output.seek(0)
         text = output.read()
     lines = [line.strip() for line in text.splitlines() if line.strip()]

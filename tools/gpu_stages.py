@@ -115,7 +115,29 @@ def device() -> None:
     if not backend.available:
         print(f"no CUDA kernels: {backend.reason}")
         raise SystemExit(1)
-    print(f"{backend.device}, kernels: {backend.kernels}")
+    print(f"{backend.device}, kernels: {backend.kernels}{load_images()}")
+
+
+def load_images() -> str:
+    """Every file of kernels for this card through the driver, whether or not a later stage calls it."""
+    import ctypes
+
+    import real
+
+    from pyroute import _backend
+    from pyroute._device import images
+
+    version, capability = _backend.cuda.driver_version(), _backend.cuda.device_info(0)[1]
+    if images.route(capability, version).how != "fatbins":  # the emulator has none, NVRTC takes minutes for all
+        return ""
+    sources, start = images._sources() / "cuda", time.monotonic()
+    rooms = [path.relative_to(sources).with_suffix("").as_posix() for path in sorted(sources.rglob("*.cu"))]
+    rooms = [room for room in rooms if capability == 90 or not room.startswith("sm90/")]
+    for room in rooms:
+        image, module = images.image(room, capability, version), ctypes.c_void_p()
+        if result := real.driver().cuModuleLoadData(ctypes.byref(module), image):
+            raise SystemExit(f"the kernels of {room} ({len(image)} bytes) do not load: CUDA error {result}")
+    return f", {len(rooms)} images load in {time.monotonic() - start:.1f} s"
 
 
 def version_of(*distributions: str) -> str:

@@ -70,7 +70,7 @@ def route(capability: int, driver_version: int) -> Route:
         return Route("", f"{why_not}, and the kernels' sources are not installed")
     compiler = nvrtc.find(driver_version // 1000)
     if compiler is None:
-        return Route("", f"{why_not}, and there is no NVRTC for this driver (it comes with CuPy, PyTorch and CUDA)")
+        return Route("", f"{why_not}, and there is no NVRTC for this driver (12.1 or newer; with CuPy, PyTorch, CUDA)")
     through = " through CuPy" if compiler.where == "CuPy" else ""
     return Route(f"NVRTC {compiler.version[0]}.{compiler.version[1]}{through}")
 

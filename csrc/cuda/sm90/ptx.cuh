@@ -174,6 +174,8 @@ PYROUTE_DEVICE uint64_t clock_cycles() {
     asm volatile("mov.u64 %0, %%clock64;" : "=l"(cycles)::"memory");
     return cycles;
 }
+// Writes before it are seen before those after it, by the host too.
+PYROUTE_DEVICE void fence_system() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 // Ends the kernel with an error.
 [[noreturn]] PYROUTE_DEVICE void stop_kernel() {
     asm volatile("trap;");

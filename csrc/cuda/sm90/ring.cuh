@@ -41,10 +41,12 @@ struct Ring {
     }
     PYROUTE_DEVICE void wait(SharedAddress barrier, uint32_t parity, Waits what) const {
 #if defined(PYROUTE_HANG_TRAP)
-        const uint64_t start = clock_cycles();
+        uint64_t start = clock_cycles();
         while (!barrier_try_wait(barrier, parity))
-            if (clock_cycles() - start > 4000000000u) // two seconds; how long a try takes, nobody says
+            if (clock_cycles() - start > 4000000000u) { // two seconds; how long a try takes, nobody says
                 stop(what);
+                start = clock_cycles();
+            }
 #else
         static_cast<void>(what);
         while (!barrier_try_wait(barrier, parity)) {
@@ -59,14 +61,20 @@ struct Ring {
     }
 
 #if defined(PYROUTE_HANG_TRAP)
+    // The first thread of each block tells, leaves the others the time to, and ends the kernel.
     PYROUTE_DEVICE void stop(Waits what) const {
         if (report) {
-            const uint32_t words[] = {
-                static_cast<uint32_t>(what),   threadIdx.x, stage, phase, static_cast<uint32_t>(place.m),
-                static_cast<uint32_t>(place.n)};
-            for (uint32_t i = 0; i < 6; ++i)
-                report[i] = words[i];
-            fence_device();
+            if (atomic_add(report + 7, 1u) != 0)
+                return;
+            const uint32_t words[] = {threadIdx.x, stage, phase, static_cast<uint32_t>(place.m),
+                                      static_cast<uint32_t>(place.n)};
+            for (uint32_t i = 0; i < 5; ++i)
+                report[1 + i] = words[i];
+            fence_system();
+            report[0] = static_cast<uint32_t>(what); // a record that is whole
+            fence_system();
+            for (const uint64_t start = clock_cycles(); clock_cycles() - start < 1000000000u;) {
+            }
         }
         stop_kernel();
     }

@@ -66,6 +66,7 @@ template <uint32_t Count> void take_registers() { emulator::change_registers(Cou
 inline uint32_t cluster_rank() { return emulator::current->block->rank; }
 inline void sync_cluster() { emulator::sync_cluster(); }
 inline uint64_t clock_cycles() { return 0; } // time stands still: what waits for ever is a deadlock, which is reported
+inline void fence_system() { fence_device(); }
 [[noreturn]] inline void stop_kernel() { emulator::fail("stop_kernel"); }
 inline void pin(float &) {}
 
