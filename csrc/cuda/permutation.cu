@@ -20,7 +20,7 @@ PYROUTE_KERNEL(route_row_experts, 256, 4, cuda::RouteLayoutArgs) { cuda::route_r
 PYROUTE_KERNEL(route_dense_map, 256, 4, cuda::RouteLayoutArgs) { cuda::route_dense_map(args); }
 PYROUTE_KERNEL(route_rows_by_slot, 256, 4, cuda::RouteLayoutArgs) { cuda::route_rows_by_slot(args); }
 
-PYROUTE_KERNEL(permute_16, 256, 4, cuda::MoveArgs) { cuda::permute<cuda::Words>(args); }
+PYROUTE_KERNEL(permute_16, 256, 3, cuda::MoveArgs) { cuda::permute<cuda::Words>(args); }
 PYROUTE_KERNEL(permute_4, 256, 3, cuda::MoveArgs) { cuda::permute<uint32_t>(args); }
 PYROUTE_KERNEL(permute_2, 256, 3, cuda::MoveArgs) { cuda::permute<uint16_t>(args); }
 PYROUTE_KERNEL(permute_1, 256, 3, cuda::MoveArgs) { cuda::permute<uint8_t>(args); }

@@ -4,10 +4,10 @@
 //                  other. Its loads, and those of eight row numbers, are all in flight before the first store
 //   fill_padding   a warp looks at eight rows and fills those without a token
 //
-// 256 threads, 4 blocks per SM (62 registers): 64 KiB of tokens in flight where words are of 16 bytes, which a warp
-// takes 2 KiB of a row at a time. Words are of 4, 2 or 1 bytes where an address or the length of a row says so. Bytes:
-// T + R rows, 4 per slot and per row of the maps; row after row would read R + R, for a token's rows lie too far apart
-// for L2.
+// 256 threads, 3 blocks per SM (66 registers; with 4 sm_120 spills): 48 KiB of tokens in flight where words are of 16
+// bytes, which a warp takes 2 KiB of a row at a time. Words are of 4, 2 or 1 bytes where an address or the length of a
+// row says so. Bytes: T + R rows, 4 per slot and per row of the maps; row after row would read R + R, for a token's
+// rows lie too far apart for L2.
 #pragma once
 
 #include "cuda/device.cuh"

@@ -53,3 +53,17 @@ def test_pairs_are_cast_by_one_instruction():
     code = of("permute_quantize_bfloat16", "sm_90a")
     assert sum("E4M3" in i for i in code) == 16
     assert any(i.startswith("REDUX") for i in code)
+
+
+def test_the_last_block_sees_what_the_others_wrote():
+    """sum_chunks: a fence before the count and one after it, which empties the first-level cache; no read past it."""
+    code = of("sum_chunks", "sm_90a")
+    fences = [i for i in code if re.match(r"MEMBAR\..*GPU", i)]
+    assert len(fences) == 2
+    assert code.count("CCTL.IVALL") == 2
+    assert not any("CONSTANT" in i for i in code)  # loads by the way of read-only data
+
+
+@pytest.mark.parametrize("kernel", ["plan_routes_small", "count_routes", "place_routes", "place_routes_wide"])
+def test_tables_are_not_read_as_read_only_data(kernel):
+    assert not any(i.startswith("LDG") and "CONSTANT" in i for i in of(kernel, "sm_90a"))
