@@ -335,7 +335,9 @@ def test_a_list_of_loads_is_a_trace(command, tmp_path):
         (None, (), "cannot read"),
         ("no numbers", (), "holds no array of numbers"),
         ("[[1, 2], [3]]", (), "holds no array of numbers"),
+        ("[" * 100_000, (), "holds no array of numbers"),
         ("[]", (), "must hold tokens per expert"),
+        ("[[[1e308, 1e308]], [[0, 0]], [[0, 0]]]", (), "of a finite sum"),
         ("[1, -2]", (), "finite numbers that are not negative"),
         ("[1, 2, 3]", ("--slots", "5"), "num_slots must be a multiple of num_devices (2), got 5"),
         ("[1, 2, 3]", ("--nodes", "2"), "num_nodes must be a divisor"),
@@ -349,6 +351,13 @@ def test_a_trace_that_is_none_is_one_sentence(command, tmp_path, content, argume
     assert status == 2
     assert printed.err.count("\n") == 1
     assert sentence in printed.err
+
+
+def test_an_empty_array_file_is_no_trace(command, tmp_path):
+    (tmp_path / "trace.npy").write_bytes(b"")
+    status, printed = command(tmp_path / "trace.npy", "--devices", 1)
+    assert status == 2
+    assert "holds no array of numbers" in printed.err
 
 
 def test_a_drawn_trace_on_a_cluster(command):

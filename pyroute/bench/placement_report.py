@@ -38,13 +38,15 @@ def read_trace(path: str, model: str = "deepseek-v3") -> Array:
                 found = np.asarray(json.load(file), np.float64)
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, EOFError, RecursionError):
         raise UsageError(f"{path} holds no array of numbers: .npy, or JSON lists of one length") from None
     if found.dtype.kind not in "iuf" or found.ndim not in (1, 2, 3) or 0 in found.shape:
         raise UsageError(f"{path} must hold tokens per expert [E], [L, E] or [steps, L, E], got {list(found.shape)}")
     trace = found.astype(np.float64).reshape((1,) * (3 - found.ndim) + found.shape)
-    if not (np.isfinite(trace).all() and (trace >= 0).all()):
-        raise UsageError(f"{path} must hold finite numbers that are not negative")
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(trace.sum(axis=-1)).all()
+    if not (finite and (trace >= 0).all()):
+        raise UsageError(f"{path} must hold finite numbers that are not negative, and of a finite sum")
     return trace
 
 
