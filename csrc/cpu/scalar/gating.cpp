@@ -162,7 +162,7 @@ __attribute__((noinline)) unsigned gate_block(const GatingArgs &args, const Forw
 // --- all tokens -----------------------------------------------------------------------------------------------------
 
 template <class Scalar>
-PYROUTE_INLINE void gate_or_skip(const GatingArgs &args, const ForwardRows<Scalar> &rows, int64_t token) {
+__attribute__((noinline)) void gate_or_skip(const GatingArgs &args, const ForwardRows<Scalar> &rows, int64_t token) {
     if (!args.token_mask || args.token_mask[token])
         return gate_token(args, rows, token);
     for (int64_t slot = token * args.router.top_k; slot < (token + 1) * args.router.top_k; ++slot) {
