@@ -67,25 +67,34 @@ bool are(const GemmOperand &a, ElementType type_a, const GemmOperand &b, Element
 
 constexpr ElementType bf16 = ElementType::bfloat16, e4m3 = ElementType::e4m3, e5m2 = ElementType::e5m2;
 
-// The tensor-core kernels of forward and dgrad for a pair of types.
-struct RowsKernels {
+// The tensor-core kernels for a pair of types.
+struct PairKernels {
     ElementType a, b;
-    const char *room, *forward, *forward_low, *dgrad, *dgrad_low; // null: there is none
+    const char *room, *forward, *forward_low, *dgrad, *dgrad_low, *wgrad; // null: there is none
 };
-constexpr RowsKernels rows_kernels[] = {
-    {bf16, bf16, "grouped_gemm_bf16", "grouped_gemm_bf16", "grouped_gemm_bf16_low", "grouped_gemm_bf16_dgrad",
-     "grouped_gemm_bf16_dgrad_low"},
-    {e4m3, e4m3, "grouped_gemm_fp8", "grouped_gemm_fp8", "grouped_gemm_fp8_low", "grouped_gemm_fp8_dgrad",
-     "grouped_gemm_fp8_dgrad_low"},
-    {bf16, e4m3, "grouped_gemm_mixed", "grouped_gemm_mixed", "grouped_gemm_mixed_low", "grouped_gemm_mixed_dgrad",
-     "grouped_gemm_mixed_dgrad_low"},
-    {e5m2, e4m3, "grouped_gemm_fp8", nullptr, nullptr, "grouped_gemm_e5m2_dgrad", "grouped_gemm_e5m2_dgrad_low"},
+#define PYROUTE_PAIR(a, b, room, name, wgrad)                                                                          \
+    {a,                                                                                                                \
+     b,                                                                                                                \
+     "grouped_gemm_" room,                                                                                             \
+     "grouped_gemm_" name,                                                                                             \
+     "grouped_gemm_" name "_low",                                                                                      \
+     "grouped_gemm_" name "_dgrad",                                                                                    \
+     "grouped_gemm_" name "_dgrad_low",                                                                                \
+     wgrad}
+constexpr PairKernels pair_kernels[] = {
+    PYROUTE_PAIR(bf16, bf16, "bf16", "bf16", "grouped_gemm_bf16_wgrad"),
+    PYROUTE_PAIR(e4m3, e4m3, "fp8", "fp8", "grouped_gemm_fp8_wgrad"),
+    PYROUTE_PAIR(bf16, e4m3, "mixed", "mixed", nullptr),
+    PYROUTE_PAIR(e5m2, e4m3, "e5m2", "e5m2_e4m3", "grouped_gemm_e5m2_e4m3_wgrad"),
+    PYROUTE_PAIR(e4m3, e5m2, "e5m2", "e4m3_e5m2", "grouped_gemm_e4m3_e5m2_wgrad"),
+    PYROUTE_PAIR(e5m2, e5m2, "e5m2", "e5m2_e5m2", "grouped_gemm_e5m2_e5m2_wgrad"),
 };
+#undef PYROUTE_PAIR
 
 Choice mma_for_rows(const GroupedGemmArgs &args, bool transposed, bool low) {
     if (!suits_mma(args.a, transposed ? args.n : args.k, false) || !suits_mma(args.b, args.k, transposed))
         return {};
-    for (const RowsKernels &kernels : rows_kernels)
+    for (const PairKernels &kernels : pair_kernels)
         if (are(args.a, kernels.a, args.b, kernels.b)) {
             const bool mixed = kernels.a == bf16 && kernels.b != bf16;
             return low ? mma(kernels.room, transposed ? kernels.dgrad_low : kernels.forward_low, 16, mixed)
@@ -111,12 +120,9 @@ Choice for_wgrad(const GroupedGemmWgradArgs &args, Restarts restarts) {
     // blocks that run through the whole matrix fit a segment or not by where it starts
     const bool fits = (!g.scales || restarts.grad_out) && (!a.scales || restarts.a);
     if (fits && suits_mma(g, args.n, true) && suits_mma(a, args.k, true) && !general_is_wanted()) {
-        if (are(g, bf16, a, bf16))
-            return mma("grouped_gemm_bf16", "grouped_gemm_bf16_wgrad", 128);
-        if (are(g, e4m3, a, e4m3))
-            return mma("grouped_gemm_fp8", "grouped_gemm_fp8_wgrad", 128);
-        if (are(g, e5m2, a, e4m3))
-            return mma("grouped_gemm_fp8", "grouped_gemm_e5m2_wgrad", 128);
+        for (const PairKernels &kernels : pair_kernels)
+            if (are(g, kernels.a, a, kernels.b) && kernels.wgrad)
+                return mma(kernels.room, kernels.wgrad, 128);
     }
     return general("grouped_gemm_wgrad_general", 64, 32);
 }

@@ -2,8 +2,8 @@
 #include "cuda/grouped_gemm_mma.cuh"
 
 namespace pyroute::cuda {
-template <bool dgrad, int rows> using Bf16Rows = Config<Kind::bf16, false, false, dgrad, rows>;
-using Bf16Wgrad = Config<Kind::bf16, false, true, true, 128>;
+template <bool dgrad, int rows> using Bf16Rows = Config<Kind::bf16, false, dgrad, rows>;
+using Bf16Wgrad = Config<Kind::bf16, true, true, 128>;
 
 } // namespace pyroute::cuda
 

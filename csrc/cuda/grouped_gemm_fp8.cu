@@ -1,11 +1,9 @@
-// The entry points of grouped GEMM on FP8 codes: e4m3, and e5m2 gradients.
+// The entry points of grouped GEMM on e4m3 codes.
 #include "cuda/grouped_gemm_mma.cuh"
 
 namespace pyroute::cuda {
-template <bool dgrad, int rows> using E4m3Rows = Config<Kind::fp8, false, false, dgrad, rows>;
-using E4m3Wgrad = Config<Kind::fp8, false, true, true, 128>;
-template <bool dgrad, int rows> using E5m2Rows = Config<Kind::fp8, true, false, dgrad, rows>;
-using E5m2Wgrad = Config<Kind::fp8, true, true, true, 128>;
+template <bool dgrad, int rows> using E4m3Rows = Config<Kind::fp8, false, dgrad, rows>;
+using E4m3Wgrad = Config<Kind::fp8, true, true, 128>;
 
 } // namespace pyroute::cuda
 
@@ -23,13 +21,4 @@ PYROUTE_KERNEL(grouped_gemm_fp8_dgrad_low, 256, 2, pyroute::cuda::RowsProductArg
 }
 PYROUTE_KERNEL(grouped_gemm_fp8_wgrad, 256, 1, pyroute::cuda::WgradProductArgs) {
     pyroute::cuda::grouped_gemm_mma<pyroute::cuda::E4m3Wgrad>(args);
-}
-PYROUTE_KERNEL(grouped_gemm_e5m2_dgrad, 256, 1, pyroute::cuda::RowsProductArgs) {
-    pyroute::cuda::grouped_gemm_mma<pyroute::cuda::E5m2Rows<true, 128>>(args);
-}
-PYROUTE_KERNEL(grouped_gemm_e5m2_dgrad_low, 256, 2, pyroute::cuda::RowsProductArgs) {
-    pyroute::cuda::grouped_gemm_mma<pyroute::cuda::E5m2Rows<true, 16>>(args);
-}
-PYROUTE_KERNEL(grouped_gemm_e5m2_wgrad, 256, 1, pyroute::cuda::WgradProductArgs) {
-    pyroute::cuda::grouped_gemm_mma<pyroute::cuda::E5m2Wgrad>(args);
 }

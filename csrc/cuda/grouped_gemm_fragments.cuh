@@ -18,9 +18,10 @@ namespace pyroute::cuda {
 
 enum class Kind { bf16, fp8, mixed }; // both bfloat16; both FP8; bfloat16 times e4m3
 
-template <Kind kind_, bool a_e5m2_, bool a_across, bool b_across, int rows_> struct Config {
+template <Kind kind_, bool a_across, bool b_across, int rows_, bool a_e5m2_ = false, bool b_e5m2_ = false>
+struct Config {
     static constexpr Kind kind = kind_;
-    static constexpr bool a_e5m2 = a_e5m2_;
+    static constexpr bool a_e5m2 = a_e5m2_, b_e5m2 = b_e5m2_; // else e4m3, of FP8
     static constexpr int rows = rows_, cols = 128, warps = 8;
     static constexpr MmaRing ring = mma_ring(rows, kind == Kind::mixed);
     // Codes beside bfloat16 are widened by every warp that takes them: by two, not four.
@@ -167,7 +168,7 @@ template <class C> PYROUTE_DEVICE void multiply(const Fragments<C> &f, Sums<C> &
             PYROUTE_UNROLL
             for (int i = 0; i < C::row_parts; ++i) {
                 if constexpr (C::kind == Kind::fp8)
-                    mma_fp8<C::a_e5m2>(sum[i][j], f.a[i][0], f.b[j]);
+                    mma_fp8<C::a_e5m2, C::b_e5m2>(sum[i][j], f.a[i][0], f.b[j]);
                 else
                     mma_bf16(sum[i][j], f.a[i][0], f.b[j]);
             }
@@ -177,7 +178,7 @@ template <class C> PYROUTE_DEVICE void multiply(const Fragments<C> &f, Sums<C> &
 
 // The same for FP8 by way of float16, in sums that are unscaled<C>() times too small.
 template <class C> PYROUTE_DEVICE float unscaled() {
-    return converts_fp8() ? 1.0f : C::a_e5m2 ? 0x1p8f : 0x1p16f; // 2^-8 of each e4m3 operand
+    return converts_fp8() ? 1.0f : (C::a_e5m2 ? 1.0f : 0x1p8f) * (C::b_e5m2 ? 1.0f : 0x1p8f); // of each e4m3 operand
 }
 template <class C> PYROUTE_DEVICE void multiply_as_f16(const Fragments<C> &f, Sums<C> &sum) {
     uint32_t a[C::row_parts][2][4];
@@ -191,7 +192,7 @@ template <class C> PYROUTE_DEVICE void multiply_as_f16(const Fragments<C> &f, Su
     }
     PYROUTE_UNROLL
     for (int j = 0; j < C::col_parts; ++j) {
-        const Wide first = to_f16<false>(f.b[j][0]), second = to_f16<false>(f.b[j][1]);
+        const Wide first = to_f16<C::b_e5m2>(f.b[j][0]), second = to_f16<C::b_e5m2>(f.b[j][1]);
         const uint32_t b[2][2] = {{first.low, first.high}, {second.low, second.high}};
         PYROUTE_UNROLL
         for (int i = 0; i < C::row_parts; ++i) {

@@ -2,7 +2,7 @@
 #include "cuda/grouped_gemm_mma.cuh"
 
 namespace pyroute::cuda {
-template <bool dgrad, int rows> using MixedRows = Config<Kind::mixed, false, false, dgrad, rows>;
+template <bool dgrad, int rows> using MixedRows = Config<Kind::mixed, false, dgrad, rows>;
 
 } // namespace pyroute::cuda
 

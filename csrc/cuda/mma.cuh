@@ -92,19 +92,24 @@ PYROUTE_DEVICE constexpr bool native_fp8() {
     return false;
 #endif
 }
-// A of e5m2 codes if `a_e5m2`, else e4m3; B of e4m3 codes. K = 32. Not to be reached below sm_89.
-template <bool a_e5m2> PYROUTE_DEVICE void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+// A and B of e5m2 codes where that is said, else e4m3. K = 32. Not to be reached below sm_89.
+template <bool a_e5m2, bool b_e5m2>
+PYROUTE_DEVICE void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if __CUDA_ARCH__ >= 890
-    if constexpr (a_e5m2)
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e5m2.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-                     "{%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#define PYROUTE_MMA(types)                                                                                             \
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.f32." types ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "  \
+                 "{%0, %1, %2, %3};"                                                                                   \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                      \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    if constexpr (a_e5m2 && b_e5m2)
+        PYROUTE_MMA("e5m2.e5m2");
+    else if constexpr (a_e5m2)
+        PYROUTE_MMA("e5m2.e4m3");
+    else if constexpr (b_e5m2)
+        PYROUTE_MMA("e4m3.e5m2");
     else
-        asm volatile("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-                     "{%8, %9}, {%0, %1, %2, %3};"
-                     : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+        PYROUTE_MMA("e4m3.e4m3");
+#undef PYROUTE_MMA
 #endif
 }
 

@@ -15,8 +15,10 @@ from emulated import to_device
 from pyroute.quantization import unchecked_fp8
 
 E4M3, E5M2, BF16 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.bfloat16
-ROWS = {"fp8": E4M3, "e5m2": E5M2, "bfloat16": BF16}  # of rows and gradients; FP8 weights are e4m3
-KINDS = list(ROWS)
+ROWS = {"fp8": E4M3, "bfloat16": BF16, "e5m2_e4m3": E5M2, "e4m3_e5m2": E4M3, "e5m2_e5m2": E5M2}  # and gradients
+WEIGHTS = {"fp8": E4M3, "bfloat16": BF16, "e5m2_e4m3": E4M3, "e4m3_e5m2": E5M2, "e5m2_e5m2": E5M2}
+PAIRS = list(ROWS)
+KINDS = PAIRS[:3]  # which differ by more than an instruction's name
 OUTS = {"bfloat16": BF16, "float32": np.float32}
 
 
@@ -61,7 +63,9 @@ def rows_and_weights(rng, kind, rows, experts, n, k, transposed=False):
     blocks = -(-n // 128), -(-k // 128)
     return (
         Operand(small_integers(rng, (rows, depth), ROWS[kind]), powers_of_two(rng, (rows, -(-depth // 128))), (1, 128)),
-        Operand(small_integers(rng, (experts, n, k), E4M3), powers_of_two(rng, (experts, *blocks)), (128, 128)),
+        Operand(
+            small_integers(rng, (experts, n, k), WEIGHTS[kind]), powers_of_two(rng, (experts, *blocks)), (128, 128)
+        ),
     )
 
 
@@ -84,5 +88,5 @@ def gradient_operands(rng, kind, offsets, rows, n, k):
     most = (rows + experts * 127) // 128  # what an Fp8Array on a device has
     return tuple(
         Operand(small_integers(rng, (rows, cols), dtype), powers_of_two(rng, (most, cols)), (128, 1), offsets)
-        for cols, dtype in ((n, ROWS[kind]), (k, E4M3))
+        for cols, dtype in ((n, ROWS[kind]), (k, WEIGHTS[kind]))
     )

@@ -51,6 +51,8 @@ def operands(rng, a_type, b_type):
         ("f16", np.float16, np.float16),
         ("e4m3", ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e4m3fn),
         ("e5m2", ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3fn),
+        ("e4m3_e5m2", ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2),
+        ("e5m2_e5m2", ml_dtypes.float8_e5m2, ml_dtypes.float8_e5m2),
     ],
 )
 def test_products(kernel, a_type, b_type, seed, rng):

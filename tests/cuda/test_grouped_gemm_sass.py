@@ -8,12 +8,12 @@ import compiled
 import pytest
 
 # room: kernel less "_low" and "_dgrad", whether FP8 times FP8
-ROWS = [("bf16", "bf16"), ("fp8", "fp8"), ("mixed", "mixed")]
+E5M2 = ("e5m2_e4m3", "e4m3_e5m2", "e5m2_e5m2")
+ROWS = [("bf16", "bf16"), ("fp8", "fp8"), ("mixed", "mixed"), *(("e5m2", name) for name in E5M2)]
 KERNELS = [
     (room, f"grouped_gemm_{name}{op}{low}") for room, name in ROWS for op in ("", "_dgrad") for low in ("", "_low")
 ]
-KERNELS += [("fp8", "grouped_gemm_e5m2_dgrad"), ("fp8", "grouped_gemm_e5m2_dgrad_low")]
-KERNELS += [("bf16", "grouped_gemm_bf16_wgrad"), ("fp8", "grouped_gemm_fp8_wgrad"), ("fp8", "grouped_gemm_e5m2_wgrad")]
+KERNELS += [(room, f"grouped_gemm_{name}_wgrad") for room, name in ROWS if room != "mixed"]
 GENERAL = ("grouped_gemm_general", "grouped_gemm_few_rows", "grouped_gemm_wgrad_general")
 
 
@@ -28,13 +28,14 @@ def test_products_of_a_stage(room, kernel, arch):
     """Each stage is unrolled, with one product of a warp for every 16 x 8 sums and 16, or 32, of the contraction."""
     names, kinds = count(f"grouped_gemm_{room}", kernel, arch)
     low = kernel.endswith("_low")
-    products = {"bf16": 64, "fp8": 128, "mixed": 64}[room] // (8 if low else 1)
+    fp8 = room in ("fp8", "e5m2")
+    products = (128 if fp8 else 64) // (8 if low else 1)
     if room == "mixed" and low:
         products *= 2  # a stage of twice the depth
-    if room == "fp8" and arch == "sm_120a":
+    if fp8 and arch == "sm_120a":
         assert (kinds["QMMA"], kinds["HMMA"]) == (products // 2, 0)
     else:
-        type_of = "F32" if room == "fp8" else "F32.BF16"
+        type_of = "F32" if fp8 else "F32.BF16"
         assert (kinds["QMMA"], names[f"HMMA.16816.{type_of}"]) == (0, products)
     assert kinds["LDSM"] > 0
     assert kinds["LDGSTS"] > 0

@@ -48,7 +48,7 @@ struct TransposeArgs {
     int64_t rows, cols, to_pitch;
 };
 
-enum class Element { e4m3, e5m2, bfloat16 }; // of a and of b; e5m2: of a (grad_out), beside e4m3
+enum class Element { e4m3, e5m2, bfloat16 }; // of a (grad_out); FP8 beside FP8, of either kind
 enum class Result { bfloat16, float32 };
 
 // A kernel of ProductArgs. `math` warpgroups multiply 64 rows each, one more (a single warp if math is 1) loads.
@@ -58,6 +58,7 @@ struct ProductShape {
     bool transposed_b; // depth runs down the rows of b: bfloat16 only
     Result result;
     bool overlaps = false; // FP8: a stage is multiplied while the one before it is added, in two sets of sums
+    bool b_e5m2 = false;   // FP8: b is e5m2, else e4m3
 
     PYROUTE_BOTH bool fp8() const { return element != Element::bfloat16; }
     PYROUTE_BOTH uint32_t math() const { return rows / panel_rows; }
@@ -71,6 +72,7 @@ struct ProductShape {
 struct WgradShape {
     Element element;
     uint32_t stages;
+    bool b_e5m2 = false; // as in ProductShape, of a
 
     PYROUTE_BOTH bool fp8() const { return element != Element::bfloat16; }
     PYROUTE_BOTH uint32_t threads() const { return 3 * warpgroup; }
@@ -85,10 +87,12 @@ constexpr ProductShape fp8_192_pair = {Element::e4m3, 128, 192, 4, 2, false, Res
 constexpr ProductShape fp8_128_f32 = {Element::e4m3, 128, 128, 6, 1, false, Result::float32};
 constexpr ProductShape fp8_64 = {Element::e4m3, 64, 128, 8, 1, false, Result::bfloat16};
 constexpr ProductShape fp8_64_f32 = {Element::e4m3, 64, 128, 8, 1, false, Result::float32};
-constexpr ProductShape e5m2_128 = {Element::e5m2, 128, 128, 5, 1, false, Result::bfloat16};
-constexpr ProductShape e5m2_128_f32 = {Element::e5m2, 128, 128, 6, 1, false, Result::float32};
-constexpr ProductShape e5m2_64 = {Element::e5m2, 64, 128, 8, 1, false, Result::bfloat16};
-constexpr ProductShape e5m2_64_f32 = {Element::e5m2, 64, 128, 8, 1, false, Result::float32};
+constexpr ProductShape e5m2_e4m3_128 = {Element::e5m2, 128, 128, 5, 1, false, Result::bfloat16};
+constexpr ProductShape e5m2_e4m3_128_f32 = {Element::e5m2, 128, 128, 6, 1, false, Result::float32};
+constexpr ProductShape e4m3_e5m2_128 = {Element::e4m3, 128, 128, 5, 1, false, Result::bfloat16, false, true};
+constexpr ProductShape e4m3_e5m2_128_f32 = {Element::e4m3, 128, 128, 6, 1, false, Result::float32, false, true};
+constexpr ProductShape e5m2_e5m2_128 = {Element::e5m2, 128, 128, 5, 1, false, Result::bfloat16, false, true};
+constexpr ProductShape e5m2_e5m2_128_f32 = {Element::e5m2, 128, 128, 6, 1, false, Result::float32, false, true};
 constexpr ProductShape bf16_128 = {Element::bfloat16, 128, 128, 5, 1, false, Result::bfloat16};
 constexpr ProductShape bf16_128_f32 = {Element::bfloat16, 128, 128, 6, 1, false, Result::float32};
 constexpr ProductShape bf16_64 = {Element::bfloat16, 64, 128, 8, 1, false, Result::bfloat16};
@@ -96,7 +100,9 @@ constexpr ProductShape bf16_64_f32 = {Element::bfloat16, 64, 128, 8, 1, false, R
 constexpr ProductShape bf16_dgrad_128 = {Element::bfloat16, 128, 128, 5, 1, true, Result::bfloat16};
 constexpr ProductShape bf16_dgrad_128_f32 = {Element::bfloat16, 128, 128, 6, 1, true, Result::float32};
 constexpr WgradShape fp8_wgrad = {Element::e4m3, 6};
-constexpr WgradShape e5m2_wgrad = {Element::e5m2, 6};
+constexpr WgradShape e5m2_e4m3_wgrad = {Element::e5m2, 6};
+constexpr WgradShape e4m3_e5m2_wgrad = {Element::e4m3, 6, true};
+constexpr WgradShape e5m2_e5m2_wgrad = {Element::e5m2, 6, true};
 constexpr WgradShape bf16_wgrad = {Element::bfloat16, 6};
 
 static_assert(fp8_128.shared().sound() && fp8_192.shared().sound() && fp8_128_f32.shared().sound() &&

@@ -12,7 +12,7 @@
 namespace pyroute::cuda::sm90 {
 namespace {
 
-constexpr const char *room = "sm90/grouped_gemm";
+constexpr const char *room = "sm90/grouped_gemm", *e5m2_room = "sm90/grouped_gemm_e5m2";
 constexpr int32_t raster_group = 16; // row tiles side by side: panels of 16 x 128 rows and 8 x 128 columns in a wave
 constexpr int64_t most = INT32_MAX;
 
@@ -31,8 +31,7 @@ bool has_scales(const GemmOperand &operand, int64_t block_rows, int64_t block_co
     return operand.scales && operand.block_rows == block_rows && operand.block_cols == block_cols;
 }
 bool is_fp8(ElementType type) { return type == ElementType::e4m3 || type == ElementType::e5m2; }
-// Rows or gradients, beside e4m3.
-bool are_fp8(const GemmOperand &a, const GemmOperand &b) { return is_fp8(a.type) && b.type == ElementType::e4m3; }
+bool are_fp8(const GemmOperand &a, const GemmOperand &b) { return is_fp8(a.type) && is_fp8(b.type); }
 bool is_bf16(const GemmOperand &operand) { return operand.type == ElementType::bfloat16 && !operand.scales; }
 bool multiples(int64_t of, std::initializer_list<int64_t> extents) {
     return std::all_of(extents.begin(), extents.end(), [&](int64_t extent) { return extent > 0 && extent % of == 0; });
@@ -54,11 +53,14 @@ struct ProductKernel {
 ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
     const bool few = args.num_rows <= 64 * args.num_experts; // masked: there is room for so many
     const bool f32 = args.out_type == ElementType::float32;
-    if (args.a.type == ElementType::e5m2) {
-        if (few)
-            return f32 ? ProductKernel PYROUTE_PRODUCT(e5m2_64_f32) : ProductKernel PYROUTE_PRODUCT(e5m2_64);
-        return f32 ? ProductKernel PYROUTE_PRODUCT(e5m2_128_f32) : ProductKernel PYROUTE_PRODUCT(e5m2_128);
+    if (args.b.type == ElementType::e5m2) {
+        if (args.a.type == ElementType::e5m2)
+            return f32 ? ProductKernel PYROUTE_PRODUCT(e5m2_e5m2_128_f32)
+                       : ProductKernel PYROUTE_PRODUCT(e5m2_e5m2_128);
+        return f32 ? ProductKernel PYROUTE_PRODUCT(e4m3_e5m2_128_f32) : ProductKernel PYROUTE_PRODUCT(e4m3_e5m2_128);
     }
+    if (args.a.type == ElementType::e5m2)
+        return f32 ? ProductKernel PYROUTE_PRODUCT(e5m2_e4m3_128_f32) : ProductKernel PYROUTE_PRODUCT(e5m2_e4m3_128);
     if (args.a.type == ElementType::e4m3) {
         if (few)
             return f32 ? ProductKernel PYROUTE_PRODUCT(fp8_64_f32) : ProductKernel PYROUTE_PRODUCT(fp8_64);
@@ -77,7 +79,25 @@ ProductKernel kernel_of(const GroupedGemmArgs &args, bool transposed) {
         return f32 ? ProductKernel PYROUTE_PRODUCT(bf16_64_f32) : ProductKernel PYROUTE_PRODUCT(bf16_64);
     return f32 ? ProductKernel PYROUTE_PRODUCT(bf16_128_f32) : ProductKernel PYROUTE_PRODUCT(bf16_128);
 }
+
+struct WgradKernel {
+    const char *name;
+    WgradShape shape;
+};
+
+WgradKernel wgrad_kernel_of(const GroupedGemmWgradArgs &args) {
+    if (!is_fp8(args.a.type))
+        return PYROUTE_PRODUCT(bf16_wgrad);
+    const bool e5m2 = args.grad_out.type == ElementType::e5m2;
+    if (args.a.type == ElementType::e5m2)
+        return e5m2 ? WgradKernel PYROUTE_PRODUCT(e5m2_e5m2_wgrad) : WgradKernel PYROUTE_PRODUCT(e4m3_e5m2_wgrad);
+    return e5m2 ? WgradKernel PYROUTE_PRODUCT(e5m2_e4m3_wgrad) : WgradKernel PYROUTE_PRODUCT(fp8_wgrad);
+}
 #undef PYROUTE_PRODUCT
+
+const char *room_of(const GemmOperand &a, const GemmOperand &b) {
+    return a.type == ElementType::e5m2 || b.type == ElementType::e5m2 ? e5m2_room : room;
+}
 
 int64_t item_size(ElementType type) { return is_fp8(type) ? 1 : 2; }
 MapType map_type(ElementType type) { return is_fp8(type) ? MapType::uint8 : MapType::bfloat16; }
@@ -143,9 +163,8 @@ bool serves(const DeviceInfo &card, const GroupedGemmArgs &args, bool transposed
 }
 
 bool wants_transposed(const DeviceInfo &card, const GemmOperand &b, int64_t experts, int64_t n, int64_t k) {
-    return wanted(card) && b.type == ElementType::e4m3 && has_scales(b, 128, 128) && aligned(b.data) &&
-           multiples(16, {n, k}) && experts > 0 && small({n, experts * padded(k)}) &&
-           experts * blocks_of(n, 128) < 65536;
+    return wanted(card) && is_fp8(b.type) && has_scales(b, 128, 128) && aligned(b.data) && multiples(16, {n, k}) &&
+           experts > 0 && small({n, experts * padded(k)}) && experts * blocks_of(n, 128) < 65536;
 }
 
 void transpose_weights(const Stream &stream, const GemmOperand &b, int64_t experts, int64_t n, int64_t k, uint8_t *to) {
@@ -201,7 +220,7 @@ void grouped_gemm(const Stream &stream, const GroupedGemmArgs &args, bool transp
     const int64_t tiles =
         most_tiles(args.num_rows, args.num_experts, shape.rows) * blocks_of(cols, shape.cols * shape.cluster);
     const int64_t clusters = std::min(tiles, int64_t{device_info(stream.device).num_sms} / shape.cluster);
-    launch(stream, room, kernel.name,
+    launch(stream, room_of(args.a, args.b), kernel.name,
            {static_cast<uint32_t>(clusters) * shape.cluster, shape.threads(), shape.shared().total(), shape.cluster},
            product);
 }
@@ -222,7 +241,7 @@ bool serves_wgrad(const DeviceInfo &card, const GroupedGemmWgradArgs &args, bool
 }
 
 size_t wgrad_workspace(const GroupedGemmWgradArgs &args) {
-    const bool fp8 = args.a.type == ElementType::e4m3;
+    const bool fp8 = is_fp8(args.a.type);
     Cutter cutter(nullptr);
     cut_plan(cutter, args.num_rows, args.num_experts, fp8 ? 128 : 0);
     if (fp8)
@@ -237,9 +256,9 @@ void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, 
             fill(stream, args.out, 0, static_cast<size_t>(args.num_experts * args.n * args.k) * sizeof(float));
         return;
     }
-    const bool fp8 = args.a.type == ElementType::e4m3;
-    const bool e5m2 = args.grad_out.type == ElementType::e5m2;
-    const WgradShape &shape = e5m2 ? e5m2_wgrad : fp8 ? fp8_wgrad : bf16_wgrad;
+    const WgradKernel kernel = wgrad_kernel_of(args);
+    const WgradShape &shape = kernel.shape;
+    const bool fp8 = shape.fp8();
     Cutter cutter(workspace);
     const GemmPlan plan = make_plan(stream, cutter, rows_of(args), fp8 ? 128 : 0, {nullptr, nullptr});
     WgradArgs product = {};
@@ -262,10 +281,7 @@ void grouped_gemm_wgrad(const Stream &stream, const GroupedGemmWgradArgs &args, 
     product.raster_group = raster_group;
     product.hang_report = hang_report.load();
     const int64_t tiles = args.num_experts * blocks_of(args.n, 128) * blocks_of(args.k, 128);
-    launch(stream, room,
-           e5m2  ? "e5m2_wgrad_product"
-           : fp8 ? "fp8_wgrad_product"
-                 : "bf16_wgrad_product",
+    launch(stream, room_of(args.grad_out, args.a), kernel.name,
            {static_cast<uint32_t>(std::min(tiles, int64_t{device_info(stream.device).num_sms})), shape.threads(),
             shape.shared().total()},
            product);

@@ -8,7 +8,7 @@
 
 namespace pyroute::cuda::sm90 {
 
-// Both operands bfloat16, or both e4m3 (rows and gradients may be e5m2) with float32 scales for blocks of
+// Both operands bfloat16, or both FP8, of either kind, with float32 scales for blocks of
 //   forward, dgrad   (1, 128) of the rows, (128, 128) of b
 //   wgrad            (128, 1) of both, restarting at the segments
 // 16-byte aligned, K (dgrad: N) a multiple of 16 bytes' elements, N (dgrad: K) a multiple of 8; bfloat16 dgrad: N a

@@ -169,7 +169,7 @@ template <int Sums> PYROUTE_DEVICE void pin_sums(float (&sums)[Sums]) {
 }
 
 // A stage's four products of a warpgroup, 128 bytes of depth, as one group that runs until a matrix_wait.
-template <Element Type, bool TransposedB, int Sums>
+template <Element Type, bool TransposedB, bool B_e5m2, int Sums>
 PYROUTE_DEVICE void start_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
     const uint64_t a_start = matrix_descriptor(a, 16);
     const uint64_t b_start = matrix_descriptor(b, TransposedB ? panel_bytes : 16);
@@ -179,16 +179,16 @@ PYROUTE_DEVICE void start_stage(float (&sums)[Sums], SharedAddress a, SharedAddr
     for (uint32_t k = 0; k < 4; ++k) {
         const uint64_t a_now = descriptor_at(a_start, k * step_bytes), b_now = descriptor_at(b_start, k * b_step);
         if constexpr (Type != Element::bfloat16)
-            multiply_fp8<Type == Element::e5m2>(sums, a_now, b_now, add || k > 0);
+            multiply_fp8<Type == Element::e5m2, B_e5m2>(sums, a_now, b_now, add || k > 0);
         else
             multiply_bf16<false, TransposedB>(sums, a_now, b_now, add || k > 0);
     }
     matrix_commit();
 }
 
-template <Element Type, bool TransposedB, int Sums>
+template <Element Type, bool TransposedB, bool B_e5m2, int Sums>
 PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
-    start_stage<Type, TransposedB>(sums, a, b, add);
+    start_stage<Type, TransposedB, B_e5m2>(sums, a, b, add);
     matrix_wait<0>();
     pin_sums(sums);
 }
@@ -222,9 +222,9 @@ PYROUTE_DEVICE void multiply_in_turn(Ring &ring, SharedAddress shared, uint32_t 
     float sums[Sums];
     for (int32_t i = 0; i < steps; ++i) {
         ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
-        multiply_stage<S.element, S.transposed_b>(sums,
-                                                  shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
-                                                  shared + plan.b(0) + ring.stage * plan.b_bytes, !S.fp8() && (i & 1));
+        multiply_stage<S.element, S.transposed_b, S.b_e5m2>(
+            sums, shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
+            shared + plan.b(0) + ring.stage * plan.b_bytes, !S.fp8() && (i & 1));
         release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
         if constexpr (S.fp8()) {
             add_block<S>(scales, i, sums, totals);
@@ -247,9 +247,9 @@ PYROUTE_DEVICE void multiply_overlapping(Ring &ring, SharedAddress shared, uint3
     Ring oldest = ring; // stage that is not released
     const auto start = [&](float (&sums)[Sums]) {
         ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
-        start_stage<S.element, S.transposed_b>(sums,
-                                               shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
-                                               shared + plan.b(0) + ring.stage * plan.b_bytes, false);
+        start_stage<S.element, S.transposed_b, S.b_e5m2>(
+            sums, shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
+            shared + plan.b(0) + ring.stage * plan.b_bytes, false);
         ring.template advance<S.stages>();
     };
     const auto add = [&](float (&sums)[Sums], int32_t d) {

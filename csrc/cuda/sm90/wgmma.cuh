@@ -44,7 +44,7 @@ template <int Pending> PYROUTE_DEVICE void matrix_wait() {
     "%24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, "   \
     "%46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
 
-// e4m3 with e4m3, or e5m2 with e4m3, N = 128, 32 deep.
+// FP8, either of the two kinds on either side, N = 128, 32 deep.
 #define PYROUTE_MULTIPLY(types)                                                                                        \
     asm volatile("{\n"                                                                                                 \
                  ".reg .pred p;\n"                                                                                     \
@@ -53,16 +53,20 @@ template <int Pending> PYROUTE_DEVICE void matrix_wait() {
                  "}\n"                                                                                                 \
                  : PYROUTE_64_SUMS(d)                                                                                  \
                  : "l"(a), "l"(b), "r"(add ? 1 : 0))
-template <bool A_e5m2> PYROUTE_DEVICE void multiply_fp8(float (&d)[64], uint64_t a, uint64_t b, bool add) {
-    if constexpr (A_e5m2)
+template <bool A_e5m2, bool B_e5m2> PYROUTE_DEVICE void multiply_fp8(float (&d)[64], uint64_t a, uint64_t b, bool add) {
+    if constexpr (A_e5m2 && B_e5m2)
+        PYROUTE_MULTIPLY("e5m2.e5m2");
+    else if constexpr (A_e5m2)
         PYROUTE_MULTIPLY("e5m2.e4m3");
+    else if constexpr (B_e5m2)
+        PYROUTE_MULTIPLY("e4m3.e5m2");
     else
         PYROUTE_MULTIPLY("e4m3.e4m3");
 }
 #undef PYROUTE_MULTIPLY
 // e4m3, N = 192, 32 deep.
-template <bool A_e5m2> PYROUTE_DEVICE void multiply_fp8(float (&d)[96], uint64_t a, uint64_t b, bool add) {
-    static_assert(!A_e5m2, "no kernel has it");
+template <bool A_e5m2, bool B_e5m2> PYROUTE_DEVICE void multiply_fp8(float (&d)[96], uint64_t a, uint64_t b, bool add) {
+    static_assert(!A_e5m2 && !B_e5m2, "no kernel has it");
     asm volatile("{\n"
                  ".reg .pred p;\n"
                  "setp.ne.b32 p, %98, 0;\n"

@@ -131,7 +131,7 @@ PYROUTE_DEVICE void multiply_gradients(const WgradArgs &args, SharedAddress shar
             ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
             if constexpr (S.fp8()) {
                 const SharedAddress scales = shared + plan.scales(0) + ring.stage * plan.scale_bytes;
-                multiply_stage<S.element, false>(sums, a + group * panel_bytes, b, false);
+                multiply_stage<S.element, false, S.b_e5m2>(sums, a + group * panel_bytes, b, false);
                 add_scaled(totals, sums, shared_f32(scales + row * 4), shared_f32(scales + row * 4 + 32), scales + 512);
                 sync_warp(); // every lane has read its scales
                 release_stage<fp8_128>(empty);

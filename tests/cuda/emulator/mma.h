@@ -21,8 +21,8 @@ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     emulator::multiply(emulator::Items::f16, d, a, b);
 }
 inline bool native_fp8() { return emulator::arch() == 89 || emulator::arch() >= 120; }
-template <bool a_e5m2> void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulator::multiply(a_e5m2 ? emulator::Items::e5m2_by_e4m3 : emulator::Items::e4m3, d, a, b);
+template <bool a_e5m2, bool b_e5m2> void mma_fp8(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    emulator::multiply(emulator::fp8_items(a_e5m2, b_e5m2), d, a, b);
 }
 
 inline uint32_t f16_pair_of_e4m3(uint32_t codes) {

@@ -47,8 +47,14 @@ PYROUTE_KERNEL(probe_mma_f16, 32, 1, MmaProbeArgs) {
     probe_mma(args, false, [](auto &d, auto &a, auto &b) { mma_f16(d, a, b); });
 }
 PYROUTE_KERNEL(probe_mma_e4m3, 32, 1, MmaProbeArgs) {
-    probe_mma(args, false, [](auto &d, auto &a, auto &b) { mma_fp8<false>(d, a, b); });
+    probe_mma(args, false, [](auto &d, auto &a, auto &b) { mma_fp8<false, false>(d, a, b); });
 }
 PYROUTE_KERNEL(probe_mma_e5m2, 32, 1, MmaProbeArgs) {
-    probe_mma(args, false, [](auto &d, auto &a, auto &b) { mma_fp8<true>(d, a, b); });
+    probe_mma(args, false, [](auto &d, auto &a, auto &b) { mma_fp8<true, false>(d, a, b); });
+}
+PYROUTE_KERNEL(probe_mma_e4m3_e5m2, 32, 1, MmaProbeArgs) {
+    probe_mma(args, false, [](auto &d, auto &a, auto &b) { mma_fp8<false, true>(d, a, b); });
+}
+PYROUTE_KERNEL(probe_mma_e5m2_e5m2, 32, 1, MmaProbeArgs) {
+    probe_mma(args, false, [](auto &d, auto &a, auto &b) { mma_fp8<true, true>(d, a, b); });
 }

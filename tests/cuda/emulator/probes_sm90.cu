@@ -82,7 +82,7 @@ template <bool Fp8, bool Transposed> PYROUTE_DEVICE void probe_product(const Pro
         const uint32_t offset = Transposed ? 16 * 128 * step : 32 * step;
         const uint64_t start_b = descriptor(b + offset + (args.wrong == 3 && lane_id() == 7) * 32);
         if constexpr (Fp8)
-            multiply_fp8<false>(d, descriptor(a + offset), start_b, step != 0);
+            multiply_fp8<false, false>(d, descriptor(a + offset), start_b, step != 0);
         else
             multiply_bf16<Transposed, Transposed>(d, descriptor(a + offset), start_b, step != 0);
     }

@@ -36,12 +36,13 @@ struct Fp8Values {
 };
 const Fp8Values fp8;
 
-bool is_fp8(Items items) { return items == Items::e4m3 || items == Items::e5m2_by_e4m3; }
+bool is_fp8(Items items) { return items != Items::bf16 && items != Items::f16; }
 
 // The items of some bytes, as float.
 void decode(Items items, bool of_a, const uint8_t *bytes, uint32_t num_bytes, float *to, size_t step) {
     if (is_fp8(items)) {
-        const float *values = items == Items::e5m2_by_e4m3 && of_a ? fp8.e5m2 : fp8.e4m3;
+        const bool e5m2 = items == Items::e5m2 || items == (of_a ? Items::e5m2_by_e4m3 : Items::e4m3_by_e5m2);
+        const float *values = e5m2 ? fp8.e5m2 : fp8.e4m3;
         for (uint32_t i = 0; i < num_bytes; ++i)
             to[i * step] = values[bytes[i]];
         return;

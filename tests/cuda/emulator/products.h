@@ -7,7 +7,11 @@
 
 namespace emulator {
 
-enum class Items { bf16, f16, e4m3, e5m2_by_e4m3 };
+enum class Items { bf16, f16, e4m3, e5m2_by_e4m3, e4m3_by_e5m2, e5m2 };
+
+constexpr Items fp8_items(bool a_e5m2, bool b_e5m2) {
+    return a_e5m2 ? (b_e5m2 ? Items::e5m2 : Items::e5m2_by_e4m3) : b_e5m2 ? Items::e4m3_by_e5m2 : Items::e4m3;
+}
 
 // D[16, 8] += A[16, K] B[K, 8], K = 32 bytes, in the fragments of csrc/cuda/mma.cuh.
 void multiply(Items items, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
