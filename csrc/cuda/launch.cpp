@@ -168,6 +168,17 @@ driver::Library known_library(const std::pair<std::string, int> &key) {
     return library == libraries.end() ? nullptr : library->second;
 }
 
+// Of a call that looks into an image: the first one does, or, where loading is lazy, the first that wants its code.
+void check_image(const Api &api, driver::Result result, const Card &card, const char *room, const std::string &what) {
+    if (result == driver::no_binary_for_gpu)
+        throw Error(std::string("the kernels of ") + room + " were not built for " + card.info.name +
+                    " (compute capability " + capability_text(card.info.capability) + ")");
+    if (result == driver::invalid_image || result == driver::unsupported_ptx_version)
+        throw Error(std::string("the NVIDIA driver does not take the kernels of ") + room +
+                    ", it is older than the compiler that built them: " + api.text(result));
+    check(api, result, what);
+}
+
 // The image is looked for without the lock: that may compile it, and calls Python, which may be waiting for us. Two
 // threads may then both bring one; the first is taken.
 driver::Library library_of(const Api &api, const Card &card, const char *room) {
@@ -190,15 +201,8 @@ driver::Library library_of(const Api &api, const Card &card, const char *room) {
     driver::Library library = known_library(key);
     if (library)
         return library;
-    const driver::Result result =
-        api.cuLibraryLoadData(&library, image.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0);
-    if (result == driver::no_binary_for_gpu)
-        throw Error(std::string("the kernels of ") + room + " were not built for " + card.info.name +
-                    " (compute capability " + capability_text(capability) + ")");
-    if (result == driver::invalid_image || result == driver::unsupported_ptx_version)
-        throw Error(std::string("the NVIDIA driver does not take the kernels of ") + room +
-                    ", it is older than the compiler that built them: " + api.text(result));
-    check(api, result, std::string("the kernels of ") + room + " do not load");
+    check_image(api, api.cuLibraryLoadData(&library, image.c_str(), nullptr, nullptr, 0, nullptr, nullptr, 0), card,
+                room, std::string("the kernels of ") + room + " do not load");
     libraries.emplace(key, library);
     return library;
 }
@@ -221,11 +225,11 @@ Found &find_kernel(const Api &api, const Card &card, int device, const char *roo
     const driver::Library library = library_of(api, card, room);
     driver::Kernel kernel = nullptr;
     const std::string what = std::string("kernel ") + name + " of " + room;
-    check(api, api.cuLibraryGetKernel(&kernel, library, name), what);
+    check_image(api, api.cuLibraryGetKernel(&kernel, library, name), card, room, what);
     driver::Function loaded = nullptr; // into this context now, else by the first launch, which may be captured
-    check(api, api.cuKernelGetFunction(&loaded, kernel), what);
+    check_image(api, api.cuKernelGetFunction(&loaded, kernel), card, room, what);
     if (api.cuFuncLoad) // what lazy loading has left of it
-        check(api, api.cuFuncLoad(loaded), what);
+        check_image(api, api.cuFuncLoad(loaded), card, room, what);
     check_arguments(api, kernel, what, args_bytes);
     const std::lock_guard lock(changing);
     if (Found *entry = known(bucket, device, room, name))

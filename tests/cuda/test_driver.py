@@ -181,6 +181,8 @@ def test_a_failure_anywhere_leaves_everything_as_it_was(entry_point, result):
     ("entry_point", "result", "expected"),
     [
         ("cuLibraryLoadData", 209, "the kernels of probes were not built for emulated sm_90 (compute capability 9.0)"),
+        ("cuKernelGetFunction", 209, "the kernels of probes were not built for emulated sm_90"),  # loading is lazy
+        ("cuFuncLoad", 200, "the NVIDIA driver does not take the kernels of probes"),
         (
             "cuLibraryLoadData",
             200,
