@@ -171,7 +171,7 @@ def gradient_arrays(
             _backend.check_together(function, layer.x, given)
         elif accumulate and name not in ("x", "topk_weights"):
             raise _check.value_error(function, f"out.{name}", "an array to accumulate into", "None")
-        shape = (len(layer.topk_idx), like.shape[1]) if name == "x" else like.shape
+        shape = (layer.topk_idx.shape[0], like.shape[1]) if name == "x" else like.shape
         arrays.append(_backend.empty_beside(layer.x, shape, dtype) if given is None else given)
     return MoeGradients(*arrays)
 
