@@ -95,3 +95,17 @@ def sass(room: str, arch: str) -> dict[str, str]:
 def instructions(text: str) -> list[str]:
     """The instructions of a kernel in order, with their suffixes: ``LDG.E.128``."""
     return re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]*)", text, re.M)
+
+
+def loops(text: str) -> list[list[str]]:
+    """The lines of every innermost loop of a kernel, branches and operands included."""
+    lines, labels, found = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"(\.L\S+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):
+            lines.append(instruction[1])
+            back = re.search(r"BRA.*`\((\.L\S+?)\)", instruction[1])
+            if back and (first := labels.get(back[1])) is not None and not any(first <= at for at, _ in found):
+                found.append((first, len(lines)))
+    return [lines[first:end] for first, end in found]

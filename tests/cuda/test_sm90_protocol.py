@@ -50,6 +50,7 @@ class Plan:
     loader_restarts: bool = False  # (stage, phase) anew in every tile
     math_restarts: bool = False
     tail_wait: bool = True
+    looks_back: bool = False  # after the last stage of a tile: asks again for a stage that it has released
 
 
 @dataclass
@@ -86,16 +87,16 @@ def run(plan: Plan, seed: int) -> None:
         for tile in plan.tiles:
             if restarts:
                 stage = phase = 0
-            for _ in range(tile):
-                yield number, stage, phase
+            for left in reversed(range(tile)):
+                yield number, stage, phase, left
                 number += 1
                 stage += 1
                 if stage == plan.stages:
                     stage, phase = 0, phase ^ 1
-        yield None, stage, phase
+        yield None, stage, phase, 0
 
     def loader(rank):
-        for number, stage, phase in positions(plan.loader_restarts):
+        for number, stage, phase, _ in positions(plan.loader_restarts):
             if number is None:
                 break
             yield lambda s=stage, p=phase: blocks[rank].empty[s].ended(p ^ plan.first_empty_parity)
@@ -112,7 +113,7 @@ def run(plan: Plan, seed: int) -> None:
         blocks[rank].live -= 1
 
     def math(rank):
-        for number, stage, phase in positions(plan.math_restarts):
+        for number, stage, phase, left in positions(plan.math_restarts):
             if number is None:
                 break
             yield lambda s=stage, p=phase: blocks[rank].full[s].ended(p)
@@ -123,6 +124,11 @@ def run(plan: Plan, seed: int) -> None:
                 yield lambda: True
             for peer in range(plan.cluster):
                 alive(peer).empty[stage].update(1)
+            if left > 0:  # asks whether the next stage is there before it adds the sums
+                following = (0, phase ^ 1) if stage + 1 == plan.stages else (stage + 1, phase)
+                yield lambda s=following[0], p=following[1]: blocks[rank].full[s].ended(p)
+            elif plan.looks_back:
+                yield lambda s=stage, p=phase: blocks[rank].full[s].ended(p)
         blocks[rank].live -= 1
 
     threads = []
@@ -170,6 +176,7 @@ def test_any_number_of_blocks_of_depth(tiles, cluster):
         {"expected_bytes": 3},
         {"expected_bytes": 2, "cluster": 2},
         {"tail_wait": False, "cluster": 2},
+        {"looks_back": True},
     ],
     ids=str,
 )

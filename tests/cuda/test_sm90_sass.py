@@ -22,15 +22,18 @@ def sass(name: str) -> str:
     return compiled.sass(room, "sm_90a")[f"{name}_product"]
 
 
+SCALED = FP8 + tuple(name for name in E5M2 if "wgrad" not in name)  # four blocks of 128 in a turn of the loop
+
+
 @pytest.mark.parametrize("name", PRODUCTS)
 def test_instructions_of_a_product(name):
     text = sass(name)
     count = Counter(instruction.split(".")[0] for instruction in compiled.instructions(text))
-    fp8 = not name.startswith("bf16")
+    fp8, steps = not name.startswith("bf16"), 4 if name in SCALED else 1
     # four products to a stage, the first one of which takes no sums where each stage has its own
-    assert (count["QGMMA"], count["HGMMA"]) == ((4, 0) if fp8 else (0, 4))
-    assert ("RZ, !UPT" in text) == fp8
-    assert count["WARPGROUP"] == 2  # ARRIVE and DEPBAR: none was added to serialise
+    assert (count["QGMMA"], count["HGMMA"]) == ((4 * steps, 0) if fp8 else (0, 4))
+    assert text.count("RZ, !UPT") == (steps if fp8 else 0)
+    assert count["WARPGROUP"] == 2 * steps  # ARRIVE and DEPBAR: none was added to serialise
     order = [instruction.split(".")[0] for instruction in compiled.instructions(text)]
     start = order.index("QGMMA" if fp8 else "HGMMA")
     until = order.index("WARPGROUP", start)  # nobody touches the sums before the wait
@@ -44,8 +47,48 @@ def test_instructions_of_a_product(name):
     assert count["LDL"] == count["STL"] == 0
     if fp8:  # scaled where it is added, not before
         assert (count["FFMA"], count["FMUL"]) == (
-            (64, 64) if "wgrad" in name else (96, 6) if "192" in name else (64, 2)
+            (64, 64) if "wgrad" in name else (4 * 96, 4) if "192" in name else (4 * 64, 2)
         )
+
+
+def main_loop(name: str) -> list[str]:
+    (loop,) = (lines for lines in compiled.loops(sass(name)) if any("QGMMA" in line for line in lines))
+    return loop
+
+
+@pytest.mark.parametrize(
+    ("name", "blocks", "most"),
+    [(name, 4, 164 if "192" in name else 126) for name in SCALED] + [(OVERLAP, 2, 125)],
+)
+def test_a_block_of_128_takes_few_instructions(name, blocks, most):
+    """Per warp; a scheduler has two of them, and 512 (192 columns: 768) cycles while the tensor cores work."""
+    loop = main_loop(name)
+    assert sum("QGMMA" in line for line in loop) == 4 * blocks
+    assert len(loop) <= blocks * most
+    # addresses, descriptors and the ring's place are the warp's, not the lanes'
+    assert not [line for line in loop if "R2UR" in line or "WARPSYNC" in line]
+
+
+@pytest.mark.parametrize("name", [*SCALED, OVERLAP])
+def test_nothing_waits_for_scales_in_the_block_that_asks_for_them(name):
+    """What a load brings is not touched for two blocks and more, of no less than 256 cycles each."""
+    loop = main_loop(name)
+    loaded = {re.search(r"\bR\d+", line)[0] for line in loop if "LDG" in line}
+    assert len(loaded) == (4 if "192" in name else 3)
+    waits = [i for i, line in enumerate(loop) if "WARPGROUP.DEPBAR" in line]
+    until = waits[len(waits) // 2]
+    for register in loaded:
+        asked = max(i for i, line in enumerate(loop) if re.search(rf"LDG\S* {register}\b", line))
+        assert not [line for line in loop[asked + 1 : until] if re.search(rf",.*\b{register}\b", line)]
+
+
+@pytest.mark.parametrize("name", [*SCALED, OVERLAP])
+def test_the_next_stage_is_asked_for_before_this_one_is_added(name):
+    loop = main_loop(name)
+    waits = [i for i, line in enumerate(loop) if "WARPGROUP.DEPBAR" in line]
+    for first, end in zip(waits, [*waits[1:], len(loop)], strict=True):
+        asked = next(i for i in range(first, end) if "TRYWAIT" in loop[i])
+        assert sum("FFMA" in line for line in loop[asked:end]) >= 24
 
 
 def highest_register(text: str) -> int:

@@ -78,7 +78,8 @@ struct SharedPlan {
     }
     PYROUTE_BOTH uint32_t full(uint32_t stage) const { return scales(stages) + stage * 8; }
     PYROUTE_BOTH uint32_t empty(uint32_t stage) const { return full(stages) + stage * 8; }
-    PYROUTE_BOTH uint32_t total() const { return empty(stages); }
+    PYROUTE_BOTH uint32_t idle() const { return empty(stages); }
+    PYROUTE_BOTH uint32_t total() const { return idle() + 8; }
     PYROUTE_BOTH bool sound() const {
         return staging % group_bytes == 0 && a_bytes % group_bytes == 0 && b_bytes % group_bytes == 0 &&
                scale_bytes % 128 == 0 && total() <= most_shared;

@@ -7,9 +7,13 @@
 //
 // One block per SM, 384 threads (160): 240 registers for those that multiply, 24 for those that load. Memory per tile:
 // (rows + cols) * depth bytes from the second-level cache, rows * cols * 2 (4) to memory. Scales: a quad of lanes holds
-// those of 4 blocks of depth of its two rows, a warp those of 32 blocks of b's; each load is one block early, shuffles
-// hand them out: two words per block from the cache instead of a place in the ring, a pass that transposes and 512
-// bytes per stage, and any alignment will do.
+// those of 4 blocks of depth of its two rows and of b, each load four blocks early, and shuffles hand the products
+// round: no place in the ring, no pass that transposes, and any alignment will do.
+//
+// Between the end of one stage's products and the start of the next a math warpgroup leaves the tensor cores to the
+// other one, 256 cycles at 128 columns: what is done there is the additions, and little else. So what is the same for a
+// warp is in uniform registers, from which descriptors are read, and whether the next stage is there is asked before
+// the additions. What the instructions allow: docs/ops/grouped_gemm.md.
 #pragma once
 
 #include "cuda/sm90/result.cuh"
@@ -18,92 +22,64 @@
 
 namespace pyroute::cuda::sm90 {
 
-// The scales of one tile, as the lanes of a math warp hold them: block of depth d of row `row` (and row + 8) in lane
-// d % 4 of the quad that owns the row, those of b in lane d % 32. Tiles of 192 columns have two blocks of b's: from an
-// even block on 128 and 64 columns, from an odd one (which starts in its middle) 64 and 128.
+// The scales of one tile as the lanes of a math warp hold them: of block 4i + q of depth in lane q of each quad, for
+// the quad's two rows (`row` and row + 8). The products of a row's scale and b's are made by that lane and handed
+// round, two shuffles for a block; what the next four blocks need is on its way meanwhile. Tiles of 192 columns have
+// two blocks of b's: from an even block on 128 and 64 columns, from an odd one (which starts in its middle) 64 and 128.
 template <uint32_t Cols> struct BlockScales {
     static constexpr uint32_t chunks = Cols / 64, b_blocks = Cols / 128 + (Cols % 128 ? 1 : 0);
     const ProductArgs &args;
     uint32_t low_at, high_at, b_at[b_blocks]; // in a_scales and b_scales: places take half the registers of addresses
     uint32_t last;                            // block of depth
     bool starts_inside;
-    float low_now, high_now, low_next, high_next, b_now[b_blocks], b_next[b_blocks];
+    FloatPair now[b_blocks];                     // products
+    float low_next, high_next, b_next[b_blocks]; // scales
 
-    PYROUTE_DEVICE BlockScales(const ProductArgs &product, const RowTile &tile, int32_t col, int32_t row)
-        : args(product) {
-        const int32_t blocks = divide_up(args.depth, scale_block), last_col = (args.cols - 1) / scale_block;
-        last = static_cast<uint32_t>(blocks - 1);
-        low_at = static_cast<uint32_t>(min_of(tile.row + row, args.rows - 1)) * static_cast<uint32_t>(blocks);
-        high_at = static_cast<uint32_t>(min_of(tile.row + row + 8, args.rows - 1)) * static_cast<uint32_t>(blocks);
+    PYROUTE_DEVICE explicit BlockScales(const ProductArgs &product)
+        : args(product), last(static_cast<uint32_t>(divide_up(product.depth, scale_block) - 1)) {}
+    // Another tile, columns from `col`; `row`: this lane's first.
+    PYROUTE_DEVICE void start(const RowTile &tile, int32_t col, int32_t row) {
+        const int32_t last_row = args.rows - 1, last_col = (args.cols - 1) / scale_block;
+        low_at = static_cast<uint32_t>(min_of(tile.row + row, last_row)) * (last + 1);
+        high_at = static_cast<uint32_t>(min_of(tile.row + row + 8, last_row)) * (last + 1);
         starts_inside = col % scale_block != 0;
         for (uint32_t i = 0; i < b_blocks; ++i) {
             const int32_t block = min_of(col / scale_block + static_cast<int32_t>(i), last_col);
-            b_at[i] = static_cast<uint32_t>(tile.expert) * args.b_scale_expert +
+            b_at[i] = static_cast<uint32_t>(max_of(tile.expert, 0)) * args.b_scale_expert +
                       static_cast<uint32_t>(block) * args.b_scale_col;
         }
-        load_rows(0);
-        load_cols(0);
-        take_rows(4);
-        take_cols(32);
+        load(0);
     }
-    // The factors of block d for rows `row` and row + 8 in every 64 columns; called for every d in turn.
-    PYROUTE_DEVICE void factors(uint32_t d, FloatPair (&of)[chunks]) {
-        const uint32_t lane = (lane_id() & 28) | (d & 3);
-        const FloatPair rows = {shuffle(low_now, lane), shuffle(high_now, lane)};
-        float cols[chunks];
-        cols[0] = cols[1] = shuffle(b_now[0], d & 31);
+    // Before the factors of blocks 4i to 4i + 3, for every i in turn: `following` is 4i + 4.
+    PYROUTE_DEVICE void take(uint32_t following) {
+        for (uint32_t i = 0; i < b_blocks; ++i)
+            now[i] = {low_next * b_next[i], high_next * b_next[i]};
+        load(following);
+    }
+    // The factors of block 4i + j for rows `row` and row + 8 in every 64 columns.
+    PYROUTE_DEVICE void factors(uint32_t j, FloatPair (&of)[chunks]) const {
+        of[0] = of[1] = {shuffle_quad(now[0].x, j), shuffle_quad(now[0].y, j)};
         if constexpr (b_blocks > 1) {
-            cols[2] = shuffle(b_now[1], d & 31);
-            cols[1] = starts_inside ? cols[2] : cols[0];
-        }
-        PYROUTE_UNROLL
-        for (uint32_t c = 0; c < chunks; ++c)
-            of[c] = {rows.x * cols[c], rows.y * cols[c]};
-        if ((d & 3) == 3) {
-            take_rows(d + 5);
-            if ((d & 31) == 31)
-                take_cols(d + 33);
+            of[2] = {shuffle_quad(now[1].x, j), shuffle_quad(now[1].y, j)};
+            if (starts_inside)
+                of[1] = of[2];
         }
     }
 
   private:
-    PYROUTE_DEVICE void load_rows(uint32_t d) {
+    PYROUTE_DEVICE void load(uint32_t d) {
         const uint32_t block = min_of(d + (lane_id() & 3), last);
         low_next = args.a_scales[low_at + block];
         high_next = args.a_scales[high_at + block];
-    }
-    PYROUTE_DEVICE void load_cols(uint32_t d) {
         for (uint32_t i = 0; i < b_blocks; ++i)
-            b_next[i] = args.b_scales[b_at[i] + min_of(d + lane_id(), last) * args.b_scale_depth];
-    }
-    PYROUTE_DEVICE void take_rows(uint32_t following) {
-        low_now = low_next;
-        high_now = high_next;
-        load_rows(following);
-    }
-    PYROUTE_DEVICE void take_cols(uint32_t following) {
-        for (uint32_t i = 0; i < b_blocks; ++i)
-            b_now[i] = b_next[i];
-        load_cols(following);
+            b_next[i] = args.b_scales[b_at[i] + block * args.b_scale_depth];
     }
 };
 
-// Nothing to hold for operands without scales.
-struct NoScales {
-    PYROUTE_DEVICE NoScales(const ProductArgs &, const RowTile &, int32_t, int32_t) {}
-};
-
-template <bool Condition, class A, class B> struct Choice {
-    using Type = A;
-};
-template <class A, class B> struct Choice<false, A, B> {
-    using Type = B;
-};
-
-template <const ProductShape &S> PYROUTE_DEVICE Schedule schedule_of(const ProductArgs &args) {
+template <const ProductShape &S> PYROUTE_DEVICE Schedule schedule_of(const ProductArgs &args, int32_t num_tiles) {
     const int32_t cols = divide_up(args.cols, static_cast<int32_t>(S.cols * S.cluster));
-    return Schedule(args.tiles, static_cast<int32_t>(*args.num_tiles), cols, args.raster_group,
-                    static_cast<int32_t>(blockIdx.x / S.cluster), static_cast<int32_t>(gridDim.x / S.cluster));
+    return Schedule(args.tiles, num_tiles, cols, args.raster_group, static_cast<int32_t>(blockIdx.x / S.cluster),
+                    static_cast<int32_t>(gridDim.x / S.cluster));
 }
 
 template <const ProductShape &S> PYROUTE_DEVICE int32_t first_col(const TilePlace &place) {
@@ -122,7 +98,7 @@ template <const ProductShape &S> PYROUTE_DEVICE void load_operands(const Product
     prefetch_map(&args.a);
     prefetch_map(&args.b);
     Ring ring(shared, args);
-    Schedule schedule = schedule_of<S>(args);
+    Schedule schedule = schedule_of<S>(args, static_cast<int32_t>(*args.num_tiles));
     while (schedule.take()) {
         ring.at(schedule.place);
         const RowTile &tile = schedule.tile;
@@ -168,27 +144,37 @@ template <int Sums> PYROUTE_DEVICE void pin_sums(float (&sums)[Sums]) {
         pin(sums[i]);
 }
 
+// Where a warpgroup's products find a stage: descriptors of stage 0, to which one addition leads to the others.
+struct StageOperands {
+    uint64_t a, b;
+};
+template <bool TransposedB> PYROUTE_DEVICE StageOperands operands_at(SharedAddress a, SharedAddress b) {
+    return {matrix_descriptor(a, 16), matrix_descriptor(b, TransposedB ? panel_bytes : 16)};
+}
+template <const ProductShape &S> PYROUTE_DEVICE StageOperands operands_of(const StageOperands &first, uint32_t stage) {
+    constexpr SharedPlan plan = S.shared();
+    return {descriptor_at(first.a, stage * plan.a_bytes), descriptor_at(first.b, stage * plan.b_bytes)};
+}
+
 // A stage's four products of a warpgroup, 128 bytes of depth, as one group that runs until a matrix_wait.
 template <Element Type, bool TransposedB, bool B_e5m2, int Sums>
-PYROUTE_DEVICE void start_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
-    const uint64_t a_start = matrix_descriptor(a, 16);
-    const uint64_t b_start = matrix_descriptor(b, TransposedB ? panel_bytes : 16);
+PYROUTE_DEVICE void start_stage(float (&sums)[Sums], const StageOperands &stage, bool add) {
     constexpr uint32_t b_step = TransposedB ? 2 * group_bytes : step_bytes; // 16 rows of depth, or 32 bytes
     matrix_fence();
     PYROUTE_UNROLL
     for (uint32_t k = 0; k < 4; ++k) {
-        const uint64_t a_now = descriptor_at(a_start, k * step_bytes), b_now = descriptor_at(b_start, k * b_step);
+        const uint64_t a = descriptor_at(stage.a, k * step_bytes), b = descriptor_at(stage.b, k * b_step);
         if constexpr (Type != Element::bfloat16)
-            multiply_fp8<Type == Element::e5m2, B_e5m2>(sums, a_now, b_now, add || k > 0);
+            multiply_fp8<Type == Element::e5m2, B_e5m2>(sums, a, b, add || k > 0);
         else
-            multiply_bf16<false, TransposedB>(sums, a_now, b_now, add || k > 0);
+            multiply_bf16<false, TransposedB>(sums, a, b, add || k > 0);
     }
     matrix_commit();
 }
 
 template <Element Type, bool TransposedB, bool B_e5m2, int Sums>
 PYROUTE_DEVICE void multiply_stage(float (&sums)[Sums], SharedAddress a, SharedAddress b, bool add) {
-    start_stage<Type, TransposedB, B_e5m2>(sums, a, b, add);
+    start_stage<Type, TransposedB, B_e5m2>(sums, operands_at<TransposedB>(a, b), add);
     matrix_wait<0>();
     pin_sums(sums);
 }
@@ -203,97 +189,167 @@ template <const ProductShape &S> PYROUTE_DEVICE void release_stage(SharedAddress
     }
 }
 
-// totals += sums of block d of depth, scaled.
-template <const ProductShape &S, int Sums>
-PYROUTE_DEVICE void add_block(BlockScales<S.cols> &scales, int32_t d, const float (&sums)[Sums],
-                              float (&totals)[Sums]) {
-    FloatPair factors[S.cols / 64];
-    scales.factors(static_cast<uint32_t>(d), factors);
+// The stages of one tile as a math warp goes through them.
+template <const ProductShape &S> struct Stages {
+    static constexpr SharedPlan plan = S.shared();
+    Ring &ring;
+    SharedAddress shared;
+    StageOperands first;
+    int32_t left;                   // to be started
+    SharedAddress newest, previous; // empty barriers of what was started last, and before that
+    bool ready;                     // the next one, as far as is known
+
+    PYROUTE_DEVICE Stages(Ring &of, SharedAddress base, const StageOperands &operands, int32_t steps)
+        : ring(of), shared(base), first(operands), left(steps), newest(0), previous(0), ready(false) {}
+    // The products of the next stage, as soon as it is there.
+    template <int Sums> PYROUTE_DEVICE void start(float (&sums)[Sums], bool add) {
+        if (!ready)
+            ring.wait(full(), ring.phase, Waits::for_full);
+        start_stage<S.element, S.transposed_b, S.b_e5m2>(sums, operands_of<S>(first, ring.stage), add);
+        previous = newest;
+        newest = shared + plan.empty(0) + ring.stage * 8;
+        ring.template advance<S.stages>();
+        --left;
+    }
+    // Asks whether the next stage is there: the answer is on its way while the sums are added. After the last of a tile
+    // there need not be another, and the question is one whose answer comes at once.
+    PYROUTE_DEVICE void look() {
+        ready = barrier_try_wait(left > 0 ? full() : shared + plan.idle(), left > 0 ? ring.phase : 1);
+    }
+
+  private:
+    PYROUTE_DEVICE SharedAddress full() const { return shared + plan.full(0) + ring.stage * 8; }
+};
+
+// totals += sums of a block of depth, scaled.
+template <int Sums>
+PYROUTE_DEVICE void add_block(const FloatPair (&factors)[Sums / 32], const float (&sums)[Sums], float (&totals)[Sums]) {
     PYROUTE_UNROLL
     for (int s = 0; s < Sums; ++s)
         totals[s] = fmaf(s & 2 ? factors[s / 32].y : factors[s / 32].x, sums[s], totals[s]);
 }
 
-// All stages of a tile, one after another.
-template <const ProductShape &S, class Scales, int Sums>
-PYROUTE_DEVICE void multiply_in_turn(Ring &ring, SharedAddress shared, uint32_t group, int32_t steps, Scales &scales,
-                                     float (&totals)[Sums]) {
-    constexpr SharedPlan plan = S.shared();
+// bfloat16: two stages are a block of 128.
+template <const ProductShape &S, int Sums>
+PYROUTE_DEVICE void multiply_bf16_stages(Stages<S> &stages, float (&totals)[Sums]) {
     float sums[Sums];
-    for (int32_t i = 0; i < steps; ++i) {
-        ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
-        multiply_stage<S.element, S.transposed_b, S.b_e5m2>(
-            sums, shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
-            shared + plan.b(0) + ring.stage * plan.b_bytes, !S.fp8() && (i & 1));
-        release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
-        if constexpr (S.fp8()) {
-            add_block<S>(scales, i, sums, totals);
-        } else if ((i & 1) || i + 1 == steps) {
+    for (uint32_t i = 0; stages.left > 0; ++i) {
+        stages.start(sums, i & 1);
+        matrix_wait<0>();
+        pin_sums(sums);
+        release_stage<S>(stages.newest);
+        stages.look();
+        if ((i & 1) || stages.left == 0) {
             PYROUTE_UNROLL
             for (int s = 0; s < Sums; ++s)
                 totals[s] += sums[s];
         }
-        ring.template advance<S.stages>();
     }
 }
 
-// All stages of a tile, each started before the one before it is added: the tensor cores are not idle meanwhile. The
-// sets of sums are named, not indexed: registers have no addresses.
+// FP8: a stage is a block, and one is started after the other was added. Four to a turn of the loop, as scales
+// come.
 template <const ProductShape &S, int Sums>
-PYROUTE_DEVICE void multiply_overlapping(Ring &ring, SharedAddress shared, uint32_t group, int32_t steps,
-                                         BlockScales<S.cols> &scales, float (&totals)[Sums]) {
-    constexpr SharedPlan plan = S.shared();
+PYROUTE_DEVICE void multiply_in_turn(Stages<S> &stages, BlockScales<S.cols> &scales, float (&totals)[Sums]) {
+    float sums[Sums];
+    for (uint32_t following = 4;; following += 4) {
+        PYROUTE_UNROLL
+        for (uint32_t j = 0; j < 4; ++j) {
+            stages.start(sums, false);
+            if (j == 0)
+                scales.take(following);
+            FloatPair factors[S.cols / 64];
+            scales.factors(j, factors);
+            matrix_wait<0>();
+            pin_sums(sums);
+            release_stage<S>(stages.newest);
+            stages.look();
+            add_block(factors, sums, totals);
+            if (stages.left == 0)
+                return;
+        }
+    }
+}
+
+// Each stage is started before the one before it is added: the tensor cores are not idle meanwhile. The sets of
+// sums are named, not indexed: registers have no addresses.
+template <const ProductShape &S, int Sums>
+PYROUTE_DEVICE void multiply_overlapping(Stages<S> &stages, BlockScales<S.cols> &scales, float (&totals)[Sums]) {
     float even[Sums], odd[Sums];
-    Ring oldest = ring; // stage that is not released
-    const auto start = [&](float (&sums)[Sums]) {
-        ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
-        start_stage<S.element, S.transposed_b, S.b_e5m2>(
-            sums, shared + plan.a(0) + ring.stage * plan.a_bytes + group * panel_bytes,
-            shared + plan.b(0) + ring.stage * plan.b_bytes, false);
-        ring.template advance<S.stages>();
-    };
-    const auto add = [&](float (&sums)[Sums], int32_t d) {
+    FloatPair factors[S.cols / 64];
+    const auto start = [&](float (&sums)[Sums]) { stages.start(sums, false); };
+    // adds block j of four, once its products are done
+    const auto add = [&](float (&sums)[Sums], SharedAddress empty) {
         pin_sums(sums);
-        release_stage<S>(shared + plan.empty(0) + oldest.stage * 8);
-        oldest.template advance<S.stages>();
-        add_block<S>(scales, d, sums, totals);
+        release_stage<S>(empty);
+        stages.look();
+        add_block(factors, sums, totals);
+    };
+    // the same, the next block's products running
+    const auto step = [&](float (&sums)[Sums], float (&others)[Sums], uint32_t j) {
+        start(others);
+        scales.factors(j, factors);
+        matrix_wait<1>();
+        add(sums, stages.previous);
+    };
+    const auto finish = [&](float (&sums)[Sums], uint32_t j) {
+        scales.factors(j, factors);
+        matrix_wait<0>();
+        add(sums, stages.newest);
     };
     start(even);
-    int32_t d = 0;
-    for (; d + 2 < steps; d += 2) {
-        start(odd);
-        matrix_wait<1>();
-        add(even, d);
-        start(even);
-        matrix_wait<1>();
-        add(odd, d + 1);
+    stages.look();
+    uint32_t d = 0;
+    const auto take = [&] {
+        if (d % 4 == 0)
+            scales.take(d + 4);
+    };
+    for (; stages.left >= 2; d += 2) {
+        take();
+        step(even, odd, d % 4);
+        step(odd, even, d % 4 + 1);
     }
-    if (d + 1 < steps) {
-        start(odd);
-        matrix_wait<1>();
-        add(even, d++);
-        matrix_wait<0>();
-        add(odd, d);
+    take();
+    if (stages.left == 1) {
+        step(even, odd, d % 4);
+        finish(odd, d % 4 + 1);
     } else {
-        matrix_wait<0>();
-        add(even, d);
+        finish(even, d % 4);
     }
 }
 
-// The math warpgroup `group`: rows 64 group.. of every tile.
+// Nothing to hold for operands without scales.
+struct NoScales {
+    PYROUTE_DEVICE explicit NoScales(const ProductArgs &) {}
+    PYROUTE_DEVICE void start(const RowTile &, int32_t, int32_t) {}
+};
+
+template <bool Condition, class A, class B> struct Choice {
+    using Type = A;
+};
+template <class A, class B> struct Choice<false, A, B> {
+    using Type = B;
+};
+
+// The math warpgroup `group`: rows 64 group.. of every tile. The next tile's scales are on their way while one is
+// stored.
 template <const ProductShape &S>
 PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared, uint32_t group) {
     constexpr SharedPlan plan = S.shared();
-    constexpr bool scaled = S.fp8();
-    constexpr int num_sums = S.cols / 2;
-    const int32_t row = static_cast<int32_t>(group * panel_rows + sum_row(warp_id() & 3, lane_id(), 0));
+    const StageOperands first =
+        operands_at<S.transposed_b>(shared + plan.a(0) + group * panel_bytes, shared + plan.b(0));
+    const auto first_row = static_cast<int32_t>(group * panel_rows);
+    const int32_t row = first_row + static_cast<int32_t>(sum_row(warp_id() & 3, lane_id(), 0));
     Ring ring(shared, args);
-    Schedule schedule = schedule_of<S>(args);
+    Schedule schedule = schedule_of<S>(args, uniform(static_cast<int32_t>(*args.num_tiles)));
+    typename Choice<S.fp8(), BlockScales<S.cols>, NoScales>::Type scales(args);
+    const auto start_next = [&] { scales.start(schedule.next, first_col<S>(schedule.next_place), row); };
+    start_next();
     while (schedule.take()) {
         ring.at(schedule.place);
-        const RowTile &tile = schedule.tile;
-        const int32_t col = first_col<S>(schedule.place), steps = steps_of<S>(args, tile);
-        const int32_t valid = tile.rows - static_cast<int32_t>(group * panel_rows);
+        const RowTile tile = {uniform(schedule.tile.expert), uniform(schedule.tile.row), uniform(schedule.tile.rows)};
+        const int32_t col = uniform(first_col<S>(schedule.place)), steps = steps_of<S>(args, tile);
+        const int32_t valid = tile.rows - first_row;
         if (valid <= 0) { // the other warpgroup's rows are all there are
             for (int32_t i = 0; i < steps; ++i) {
                 ring.wait(shared + plan.full(0) + ring.stage * 8, ring.phase, Waits::for_full);
@@ -301,19 +357,23 @@ PYROUTE_DEVICE void multiply_tiles(const ProductArgs &args, SharedAddress shared
                 release_stage<S>(shared + plan.empty(0) + ring.stage * 8);
                 ring.advance<S.stages>();
             }
+            start_next();
             continue;
         }
-        float totals[num_sums];
+        float totals[S.cols / 2];
         PYROUTE_UNROLL
-        for (int i = 0; i < num_sums; ++i)
-            totals[i] = 0.0f;
+        for (float &total : totals)
+            total = 0.0f;
         if (steps > 0) {
-            typename Choice<scaled, BlockScales<S.cols>, NoScales>::Type scales(args, tile, col, row);
-            if constexpr (S.overlaps)
-                multiply_overlapping<S>(ring, shared, group, steps, scales, totals);
+            Stages<S> stages(ring, shared, first, steps);
+            if constexpr (!S.fp8())
+                multiply_bf16_stages<S>(stages, totals);
+            else if constexpr (S.overlaps)
+                multiply_overlapping<S>(stages, scales, totals);
             else
-                multiply_in_turn<S>(ring, shared, group, steps, scales, totals);
+                multiply_in_turn<S>(stages, scales, totals);
         }
+        start_next();
         if constexpr (S.result == Result::bfloat16)
             store_bf16(args, shared + group * panel_rows * S.cols * 2, group, totals, tile.row, valid, col);
         else
@@ -336,7 +396,7 @@ template <const ProductShape &S> PYROUTE_DEVICE void multiply_product(const Prod
         sync_block();
     else
         sync_cluster();
-    const uint32_t group = threadIdx.x / warpgroup;
+    const uint32_t group = uniform(threadIdx.x / warpgroup);
     if (group == S.math()) {
         if constexpr (S.math() > 1)
             give_registers<loader_registers>();
@@ -345,7 +405,7 @@ template <const ProductShape &S> PYROUTE_DEVICE void multiply_product(const Prod
     } else {
         if constexpr (S.math() > 1)
             take_registers<math_registers>();
-        multiply_tiles<S>(args, shared, group);
+        multiply_tiles<S>(args, uniform(shared), group);
     }
 }
 

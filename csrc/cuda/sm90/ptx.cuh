@@ -139,6 +139,10 @@ PYROUTE_DEVICE void fence_shared_for_copies() { asm volatile("fence.proxy.async.
 PYROUTE_DEVICE void sync_threads(uint32_t id, uint32_t threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// What lane `source`, 0 to 3, of this lane's quad has; every lane of the warp takes part.
+PYROUTE_DEVICE float shuffle_quad(float value, uint32_t source) {
+    return __shfl_sync(all_lanes, value, static_cast<int>(source), 4);
+}
 // True in exactly one lane of a converged warp.
 PYROUTE_DEVICE bool elect_lane() {
     uint32_t elected;

@@ -3,7 +3,7 @@
 // Stage s has two barriers. full: one arrival, the loader's, and the bytes of its copies. empty: one arrival of every
 // math warp of every block that the copies went to. Loader and math warps count stages alike, from (0, phase 0), over
 // all tiles: the loader waits for empty of the phase before (free at once in the first lap), math warps for full of
-// this one.
+// this one. A barrier more, idle, is never arrived at: a wait for its parity 1 is over at once.
 //
 // PYROUTE_HANG_TRAP: a build for finding protocol errors. A wait of four billion cycles writes {what is waited
 // for, thread, stage, phase, tile m, tile n} into the block's 8 words of hang_report and stops the kernel; the words
@@ -81,12 +81,18 @@ struct Ring {
 #endif
 };
 
+// Said by the math warps of what is the same in all their lanes: the compiler then keeps it, and what follows from it,
+// in uniform registers, which barriers and matrix descriptors are read from, and knows that the lanes stay together.
+PYROUTE_DEVICE uint32_t uniform(uint32_t value) { return shuffle(value, 0); }
+PYROUTE_DEVICE int32_t uniform(int32_t value) { return shuffle(value, 0); }
+
 // By one thread, before the block (the cluster) meets.
 PYROUTE_DEVICE void init_ring(SharedAddress shared, uint32_t stages, const SharedPlan &plan, uint32_t releases) {
     for (uint32_t s = 0; s < stages; ++s) {
         barrier_init(shared + plan.full(s), 1);
         barrier_init(shared + plan.empty(s), releases);
     }
+    barrier_init(shared + plan.idle(), 1);
     barrier_init_fence();
 }
 

@@ -60,6 +60,9 @@ inline void wait_stores() { emulator::wait_stores(true); }
 inline void fence_shared_for_copies() { emulator::writes_shared(false); }
 
 inline void sync_threads(uint32_t id, uint32_t threads) { emulator::sync_named(id, threads, "sync_threads"); }
+inline float shuffle_quad(float value, uint32_t source) {
+    return emulator::exchange(all_lanes, value, (lane_id() & 28) | (source & 3));
+}
 inline bool elect_lane() { return emulator::meet(emulator::Collective::elect_lane, all_lanes, 0, 0) != 0; }
 template <uint32_t Count> void give_registers() { emulator::change_registers(Count, true); }
 template <uint32_t Count> void take_registers() { emulator::change_registers(Count, false); }
