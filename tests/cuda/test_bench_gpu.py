@@ -37,7 +37,7 @@ def test_every_case_of_a_model(monkeypatch):
     _, outcomes = measured(monkeypatch, "--model", "mixtral", "--columns", "pyroute")
     moves = {"permute", "unpermute", "permute_quantize"}
     assert {outcome.problem.op for outcome in outcomes} == moves | {
-        "gate", "decode", "prefill", "dgrad", "wgrad", "layer", "training",
+        "gate", "decode", "prefill", "dgrad", "wgrad", "layer", "training", "tiles",
     }  # fmt: skip
     assert run.failures(outcomes) == []
     for outcome in outcomes:

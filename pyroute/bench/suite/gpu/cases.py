@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -215,6 +216,34 @@ def _gemm(clock: Clock, op: str, experts: int, rows: int, n: int, k: int, sizes:
     return Problem(op, case, nbytes, flops, made, lambda name, got: p.error(got), bars)
 
 
+def tiles(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
+    """prefill's products by every kernel that can be asked for: what a GPU's default should be."""
+    problems = []
+    for problem in prefill(clock, sizes, ()):
+        ours = problem.columns[0]
+        others = [Column(f"{ours.name}, {tile}", [_asking(tile, call) for call in ours.calls], kind=ours.kind,
+                         read=ours.read) for tile in TILES]  # fmt: skip
+        problems.append(dataclasses.replace(problem, op="tiles", columns=[ours, *others], bars=()))
+    return problems
+
+
+TILES = ("fp8_128_overlap", "fp8_128_pair", "fp8_192", "fp8_192_pair")  # csrc/cuda/sm90/arguments.h
+
+
+def _asking(tile: str, call: Callable[[], Any]) -> Callable[[], Any]:
+    def asked() -> Any:
+        before = os.environ.get("PYROUTE_GROUPED_GEMM")
+        os.environ["PYROUTE_GROUPED_GEMM"] = f"{tile}_product"
+        try:
+            return call()
+        finally:
+            del os.environ["PYROUTE_GROUPED_GEMM"]
+            if before is not None:
+                os.environ["PYROUTE_GROUPED_GEMM"] = before
+
+    return asked
+
+
 def gradients(clock: Clock, sizes: Sizes, everyone: Peers) -> list[Problem]:
     experts, rows = (2, 128) if sizes.quick else (4, 8192)
     n, k = sizes.products((128, 256) if sizes.quick else (4096, 7168))[0]
@@ -295,4 +324,5 @@ ROWS: dict[str, Callable[[Clock, Sizes, Peers], Sequence[Problem]]] = {  # of th
     "backward": gradients,
     "layer": layer,
     "training": training,
+    "tiles": tiles,  # last: they are the least tried, and a kernel that fails takes the GPU away
 }

@@ -21,7 +21,7 @@ from . import peers
 from .cases import ROWS, Problem, Sizes
 from .clock import Clock, Column, DeviceLostError, ceilings, measure
 
-EQUAL = ("decode", "prefill", "backward")  # products in which every expert has as many rows
+EQUAL = ("decode", "prefill", "backward", "tiles")  # products in which every expert has as many rows
 
 
 def bench(args: argparse.Namespace) -> int:
