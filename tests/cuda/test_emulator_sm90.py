@@ -91,6 +91,8 @@ def test_matrix_products_with_bugs(seed):
         (1, "without the 128-byte swizzle"),
         (2, "without matrix_fence"),
         (3, "lanes of a warp ask for different matrix products"),
+        (5, "the four warps from warp 0 on asked for different matrix products"),
+        (6, "a matrix product after writes without fence_shared_for_copies"),
     ):
         _, sentence = product_probe("e4m3", a, b, wrong=wrong)
         assert words in sentence
@@ -137,7 +139,12 @@ def test_a_barrier_that_the_peer_may_not_have_initialised_is_a_race(seed, monkey
 @SEEDS
 @pytest.mark.parametrize(
     ("wrong", "words"),
-    [(0, "^$"), (1, "deadlock.*take_registers"), (2, "take_registers: 160, but a thread has 168")],
+    [
+        (0, "^$"),
+        (1, "deadlock.*take_registers"),
+        (2, "take_registers: 160, but a thread has 168"),
+        (3, "the four warps from warp 4 on asked for different .* registers"),
+    ],
 )
 def test_registers_are_a_pool(wrong, words, seed):
     out = to_device(np.zeros(1, np.uint32))

@@ -53,7 +53,7 @@ static void begin(Block &block, const Shape &shape) {
     block.threads.resize(shape.threads);
     block.warps.resize(shape.threads / 32);
     for (uint32_t w = 0; w < block.warps.size(); ++w)
-        block.warps[w] = {&block, &block.threads[w * 32], 0, 0, -1, {}};
+        block.warps[w] = {&block, &block.threads[w * 32], 0, 0, -1, {}, 0};
     for (uint32_t t = 0; t < shape.threads; ++t) {
         Thread &thread = block.threads[t];
         thread.index = {t, 0, 0};

@@ -93,6 +93,7 @@ struct Warp {
     uint32_t exited;
     int64_t position; // in the list of warps that can go on; -1: not in it
     std::vector<Meeting> meetings;
+    uint64_t said; // of what a warpgroup says together: the warps of one must end with the same
 };
 
 // Barrier 0 is sync_block.
@@ -170,6 +171,7 @@ void meet_all(Collective word, const void *operands, void (*together)(Warp &warp
 template <class Operands> const Operands &operands_of(const Warp &warp, uint32_t lane) {
     return *static_cast<const Operands *>(warp.threads[lane].operands);
 }
+void say_as_warpgroup(Warp &warp, uint64_t what);
 void sync_named(uint32_t barrier, uint32_t threads, const char *word);
 void sync_cluster();
 

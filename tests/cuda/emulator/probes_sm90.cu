@@ -71,6 +71,8 @@ template <bool Fp8, bool Transposed> PYROUTE_DEVICE void probe_product(const Pro
     }
     while (!barrier_try_wait(barrier, 0)) {
     }
+    if (args.wrong == 6)
+        set_shared_u32(a, 0);
     float d[64];
     const auto descriptor = [&](SharedAddress start) {
         return uint64_t{(start & 0x3ffff) >> 4} | uint64_t{tile_bytes >> 4} << 16 | uint64_t{1024 >> 4} << 32 |
@@ -80,7 +82,8 @@ template <bool Fp8, bool Transposed> PYROUTE_DEVICE void probe_product(const Pro
         matrix_fence();
     for (uint32_t step = 0; step < 4; ++step) {
         const uint32_t offset = Transposed ? 16 * 128 * step : 32 * step;
-        const uint64_t start_b = descriptor(b + offset + (args.wrong == 3 && lane_id() == 7) * 32);
+        const bool other = (args.wrong == 3 && lane_id() == 7) || (args.wrong == 5 && warp_id() == 3);
+        const uint64_t start_b = descriptor(b + (Transposed ? 16 * 128 : 32) * (step ^ other));
         if constexpr (Fp8)
             multiply_fp8<false, false>(d, descriptor(a + offset), start_b, step != 0);
         else
@@ -145,6 +148,8 @@ PYROUTE_KERNEL(probe_registers, 384, 1, RegistersProbeArgs) {
             give_registers<40>();
     } else if (args.wrong == 2)
         take_registers<160>();
+    else if (args.wrong == 3 && warp_id() == 6)
+        take_registers<224>();
     else
         take_registers<232>();
     if (elect_lane())

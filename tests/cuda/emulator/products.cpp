@@ -237,6 +237,8 @@ void queue_product(Items items, float *d, uint32_t columns, uint64_t a, uint64_t
     Products &mine = products_of(*current);
     if (!mine.fenced)
         fail("a matrix product without matrix_fence after the registers were last free");
+    if (current->wrote_shared || !current->copies_see_all)
+        fail("a matrix product after writes without fence_shared_for_copies before the barrier");
     if (!mine.find(d))
         mine.sums.push_back({d, std::vector<float>(d, d + columns / 2)});
     std::fill(d, d + columns / 2, std::numeric_limits<float>::quiet_NaN());
@@ -304,6 +306,11 @@ void run_product(Warp &warp, size_t group, size_t index) {
     };
     const Products::Product &product = product_of(0);
     const Block &block = *warp.block;
+    for (const uint64_t what :
+         {product.a, product.b,
+          uint64_t{product.columns} << 8 | static_cast<uint64_t>(product.items) << 4 |
+              uint64_t{product.transposed_a} << 2 | uint64_t{product.transposed_b} << 1 | uint64_t{product.add}})
+        say_as_warpgroup(warp, what);
     const uint32_t number = warp.threads[0].index.x / 32 % 4; // in its warpgroup
     Operand(block, product.a, product.transposed_a).decode_rows(product, true, 16 * number, 16, &wide_a[0][0], 32, 1);
     Operand(block, product.b, product.transposed_b)
@@ -386,13 +393,14 @@ void change_registers(uint32_t count, bool gives) {
     const auto *operand = reinterpret_cast<const void *>(static_cast<uintptr_t>(count));
     if (gives)
         return meet_all(Collective::give_registers, operand, [](Warp &warp) {
+            say_as_warpgroup(warp, count_of(warp));
             warp.block->free_registers += 32 * (warp.threads[0].registers - count_of(warp));
             set_registers(warp, count_of(warp));
             for (Thread *thread : warp.block->waiting_for_registers)
                 wake(*thread);
             warp.block->waiting_for_registers.clear();
         });
-    meet_all(Collective::take_registers, operand, [](Warp &) {});
+    meet_all(Collective::take_registers, operand, [](Warp &warp) { say_as_warpgroup(warp, count_of(warp)); });
     // the first lane to see enough takes them for its warp
     while (me.registers != count) {
         const uint32_t needed = 32 * (count - me.registers);

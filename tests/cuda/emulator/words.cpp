@@ -119,6 +119,16 @@ void meet_all(Collective word, const void *operands, void (*together)(Warp &warp
     join_lanes(warp.threads, 0xffffffffu);
 }
 
+void say_as_warpgroup(Warp &warp, uint64_t what) { warp.said = (warp.said ^ what) * 1099511628211u + 1; } // FNV-1a
+
+static void check_warpgroups(const Block &block) {
+    for (size_t w = 0; w + 4 <= block.warps.size(); w += 4)
+        for (size_t i = 1; i < 4; ++i)
+            if (block.warps[w + i].said != block.warps[w].said)
+                fail("exits as the last of its block, but the four warps from warp " + std::to_string(w) +
+                     " on asked for different matrix products or registers");
+}
+
 // One thread of `threads`; returns when all have arrived.
 static void arrive_and_wait(NamedBarrier &barrier, uint32_t threads, const char *word) {
     Thread &me = *current;
@@ -163,8 +173,10 @@ void sync_cluster() {
 void thread_exits(Thread &thread) {
     Block &block = *thread.block;
     Warp &warp = *thread.warp;
-    if (++block.exited == block.num_threads)
+    if (++block.exited == block.num_threads) {
         copies_of_exiting_block(block);
+        check_warpgroups(block);
+    }
     warp.exited |= 1u << thread.lane;
     for (const Meeting &meeting : warp.meetings)
         if (meeting.mask >> thread.lane & 1)
