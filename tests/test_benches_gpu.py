@@ -22,7 +22,7 @@ from pyroute.bench.suite import peers as registry  # noqa: E402
 from pyroute.bench.suite.gpu import cases, clock, peers, problems, run  # noqa: E402
 
 CPU = clock.Clock(torch.device("cpu"))
-OURS_ALONE = {"permute_quantize"}
+OURS_ALONE = {"permute_quantize", "tiles"}
 COLUMNS = {  # of the peers: what each is measured at
     "torch": {"gate", "permute", "unpermute", "decode", "prefill", "dgrad", "wgrad", "layer", "training"},
     "DeepGEMM": {"decode", "prefill", "wgrad"},
