@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import emulated
+import gpu_maps
 import gpu_patterns
 import ml_dtypes
 import numpy as np
 from gpu_cases import Case
+from gpu_maps import PAIRS, SHAPES, TYPES
 
 import pyroute
 from pyroute import Fp8Array, RouterConfig, _backend
@@ -32,29 +34,38 @@ if why := emulated.build():
 
 
 class Problem(NamedTuple):
-    kind: str  # fp8, e5m2 (gradients in it, weights and rows in e4m3), bfloat16, float32
+    kind: str  # float32 or of PAIRS: of the rows or gradients, and of the weights (wgrad: rows)
     counts: list[int]  # rows per expert
     n: int
     k: int
+    asked: str = ""  # of gpu_maps.SHAPES
 
     def __str__(self) -> str:
         rows = self.counts if len(self.counts) < 12 else f"{len(self.counts)} x {self.counts[0]}"
-        return f"rows {rows} N {self.n} K {self.k}"
+        return f"{self.asked} rows {rows} N {self.n} K {self.k}".lstrip()
+
+
+Operation = Callable[[np.random.Generator, Problem], Iterator["Result"]]
 
 
 def cases() -> list[Case]:
     """Every product of every shape, the small and common ones first; each makes its own numbers."""
     quick = os.environ.get("PYROUTE_GPU_CHECK") == "quick"
-    found = []
-    for counts, n, k in shapes(emulated.REAL, quick):
-        for kind in ("fp8", "e5m2", "bfloat16", "float32"):
+    return [
+        Case(f"{operation.__name__} {p.kind}: {p}", functools.partial(checked, operation, p, seed))
+        for seed, (operation, p) in enumerate(problems(emulated.REAL, quick))
+    ]
+
+
+def problems(real: bool, quick: bool) -> Iterator[tuple[Operation, Problem]]:
+    """e5m2 but for gradients beside e4m3, which is what training has, on the small shapes alone."""
+    for counts, n, k in shapes(real, quick):
+        for kind in (*PAIRS, "float32"):
             for operation in (forward, masked, dgrad, wgrad):
-                problem = Problem(kind, counts, n, k)
-                if kind == "e5m2" and operation in (forward, masked):
-                    continue
-                name = f"{operation.__name__} {kind}: {problem}"
-                found.append(Case(name, functools.partial(checked, operation, problem, len(found))))
-    return found
+                seldom = "e5m2" in kind and (kind != "e5m2_e4m3" or operation in (forward, masked))
+                if not seldom or sum(counts) * n * k <= 2**28:
+                    yield operation, Problem(kind, counts, n, k)
+    yield from tails(real, quick)
 
 
 def shapes(real: bool, quick: bool) -> Iterator[tuple[list[int], int, int]]:
@@ -74,10 +85,29 @@ def shapes(real: bool, quick: bool) -> Iterator[tuple[list[int], int, int]]:
     yield [3000, 1, 0, 5000], 1024, 2048
 
 
+def tails(real: bool, quick: bool) -> Iterator[tuple[Operation, Problem]]:
+    """1 to 9 blocks of depth, of which main loops take two or four at a time, every other time the last one not whole;
+    more tiles than a large card has multiprocessors, so that a block goes from one to the next, and from tiles of 128
+    rows to some with 64 or fewer."""
+    counts, few, wide = ([1281, 64, 961, 3, 300], [64, 1, 63] * 5, 1152) if real else ([130, 20], [33, 64], 320)
+    for blocks in range(1, 10) if real and not quick else (1, 6):
+        depth = 128 * blocks - (48 if blocks % 2 == 0 else 0)
+        rest = blocks in (1, 3, 4, 6)  # kernels that have a loop in common with one that takes all nine
+        for kind in PAIRS if rest else ("fp8", "bfloat16"):
+            yield forward, Problem(kind, counts, wide, depth)
+        for shape in SHAPES if rest else ("fp8_128_overlap",):
+            yield forward, Problem("fp8", counts, wide, depth, shape)
+        for kind in ("fp8", "bfloat16") if rest else ():
+            yield forward, Problem(kind, few, wide, depth)
+            yield masked, Problem(kind, [min(rows, 192) for rows in counts * 2], wide, depth)
+            yield wgrad, Problem(kind, [128 * blocks - 64, 128 * blocks, 1], wide, 640 if real else 128)
+        yield dgrad, Problem("fp8", counts, depth, wide)
+
+
 Result = tuple[Any, np.ndarray, np.ndarray | None]  # from the device, exact, where experts' rows begin
 
 
-def checked(operation: Callable[..., Iterator[Result]], problem: Problem, seed: int) -> str | None:
+def checked(operation: Operation, problem: Problem, seed: int) -> str | None:
     """What is wrong, with the kernel that made it."""
     for got, exact, starts in operation(np.random.default_rng(seed), problem):
         host = emulated.to_host(got)
@@ -88,16 +118,18 @@ def checked(operation: Callable[..., Iterator[Result]], problem: Problem, seed: 
 
 def forward(rng: np.random.Generator, p: Problem) -> Iterator[Result]:
     offsets, segments = offsets_of(p.counts)
-    (a, a_value), (b, b_value) = rows_of(rng, p, p.k, p.kind), weights_of(rng, p)
+    (a, a_value), (b, b_value) = rows_of(rng, p, p.k), weights_of(rng, p)
     exact = np.concatenate([a_value[s] @ b_value[e].T for e, s in enumerate(segments)])
-    for dtype in ("float32", "bfloat16"):
-        yield pyroute.grouped_gemm(a, b, emulated.to_device(offsets), out_dtype=dtype), exact, offsets[:-1]
+    for dtype in ("float32", "bfloat16") if not p.asked else ("bfloat16",):
+        with gpu_maps.asked_for(p.asked):
+            got = pyroute.grouped_gemm(a, b, emulated.to_device(offsets), out_dtype=dtype)
+        yield got, exact, offsets[:-1]
 
 
 def masked(rng: np.random.Generator, p: Problem) -> Iterator[Result]:
     """As much room for every expert as the largest has rows; what lies behind an expert's own is not touched."""
     counts, room = np.array(p.counts, np.int32), max(p.counts)
-    a, a_value = operand(rng, small_values(rng, (len(counts), room, p.k)), p.kind, (1, 128))
+    a, a_value = operand(rng, small_values(rng, (len(counts), room, p.k)), types_of(p)[0], (1, 128))
     b, b_value = weights_of(rng, p)
     used = np.arange(room) < counts[:, None]
     exact = np.where(used[..., None], a_value @ b_value.transpose(0, 2, 1), 5)
@@ -108,7 +140,7 @@ def masked(rng: np.random.Generator, p: Problem) -> Iterator[Result]:
 
 def dgrad(rng: np.random.Generator, p: Problem) -> Iterator[Result]:
     offsets, segments = offsets_of(p.counts)
-    (g, g_value), (b, b_value) = rows_of(rng, p, p.n, p.kind), weights_of(rng, p)
+    (g, g_value), (b, b_value) = rows_of(rng, p, p.n), weights_of(rng, p)
     exact = np.concatenate([g_value[s] @ b_value[e] for e, s in enumerate(segments)])
     for dtype in ("float32", "bfloat16"):
         yield pyroute.grouped_gemm_dgrad(g, b, emulated.to_device(offsets), out_dtype=dtype), exact, offsets[:-1]
@@ -117,11 +149,12 @@ def dgrad(rng: np.random.Generator, p: Problem) -> Iterator[Result]:
 def wgrad(rng: np.random.Generator, p: Problem) -> Iterator[Result]:
     """Into new memory, and onto what is there."""
     offsets, segments = offsets_of(p.counts)
-    if p.kind in ("fp8", "e5m2"):
-        g, g_value = along_tokens(rng, small_values(rng, (int(offsets[-1]), p.n)), offsets, p.kind)
-        a, a_value = along_tokens(rng, small_values(rng, (int(offsets[-1]), p.k)), offsets, "fp8")
+    if p.kind in ("bfloat16", "float32"):
+        (g, g_value), (a, a_value) = rows_of(rng, p, p.n), rows_of(rng, p, p.k)
     else:
-        (g, g_value), (a, a_value) = rows_of(rng, p, p.n, p.kind), rows_of(rng, p, p.k, p.kind)
+        of_g, of_a = types_of(p)
+        g, g_value = along_tokens(rng, small_values(rng, (int(offsets[-1]), p.n)), offsets, of_g)
+        a, a_value = along_tokens(rng, small_values(rng, (int(offsets[-1]), p.k)), offsets, of_a)
     exact = np.stack([g_value[s].T @ a_value[s] for s in segments])
     at = emulated.to_device(offsets)
     yield pyroute.grouped_gemm_wgrad(g, a, at), exact, None
@@ -142,27 +175,26 @@ def powers(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.exp2(rng.integers(-2, 3, shape)).astype(np.float32)
 
 
-def rows_of(rng: np.random.Generator, p: Problem, cols: int, kind: str) -> tuple[Any, np.ndarray]:
-    return operand(rng, small_values(rng, (sum(p.counts), cols)), kind, (1, 128))
+def types_of(p: Problem) -> tuple[str, str]:
+    return PAIRS.get(p.kind, (p.kind, p.kind))
+
+
+def rows_of(rng: np.random.Generator, p: Problem, cols: int) -> tuple[Any, np.ndarray]:
+    return operand(rng, small_values(rng, (sum(p.counts), cols)), types_of(p)[0], (1, 128))
 
 
 def weights_of(rng: np.random.Generator, p: Problem) -> tuple[Any, np.ndarray]:
-    kind = "fp8" if p.kind == "e5m2" else p.kind
-    return operand(rng, small_values(rng, (len(p.counts), p.n, p.k)), kind, (128, 128))
-
-
-CODES = {"fp8": ml_dtypes.float8_e4m3fn, "e5m2": ml_dtypes.float8_e5m2}
-FORMATS = {"fp8": "e4m3", "e5m2": "e5m2"}
+    return operand(rng, small_values(rng, (len(p.counts), p.n, p.k)), types_of(p)[1], (128, 128))
 
 
 def operand(rng: np.random.Generator, x: np.ndarray, kind: str, block: tuple[int, int]) -> tuple[Any, np.ndarray]:
     """On the device, and its value in float64."""
-    if kind not in CODES:
-        return emulated.to_device(x.astype(BFLOAT16 if kind == "bfloat16" else np.float32)), x.astype(np.float64)
+    codes = emulated.to_device(x.astype(TYPES.get(kind, np.float32)))
+    if kind in ("bfloat16", "float32"):
+        return codes, x.astype(np.float64)
     scales = powers(rng, (*x.shape[:-2], -(-x.shape[-2] // block[0]), -(-x.shape[-1] // block[1])))
     wide = scales.repeat(block[0], axis=-2)[..., : x.shape[-2], :].repeat(block[1], axis=-1)[..., : x.shape[-1]]
-    codes = emulated.to_device(x.astype(CODES[kind]))
-    return Fp8Array(codes, emulated.to_device(scales), block, FORMATS[kind]), (x * wide).astype(np.float64)
+    return Fp8Array(codes, emulated.to_device(scales), block, kind), (x * wide).astype(np.float64)
 
 
 def along_tokens(rng: np.random.Generator, x: np.ndarray, offsets: np.ndarray, kind: str) -> tuple[Any, np.ndarray]:
@@ -173,10 +205,8 @@ def along_tokens(rng: np.random.Generator, x: np.ndarray, offsets: np.ndarray, k
     row = np.arange(x.shape[0])
     expert = np.searchsorted(offsets[1:], row, side="right")
     value = x * scales[starts[expert] + (row - offsets[expert]) // 128]
-    codes = emulated.to_device(x.astype(CODES[kind]))
-    given = Fp8Array(
-        codes, emulated.to_device(scales), (128, 1), FORMATS[kind], expert_offsets=emulated.to_device(offsets)
-    )
+    codes = emulated.to_device(x.astype(TYPES[kind]))
+    given = Fp8Array(codes, emulated.to_device(scales), (128, 1), kind, expert_offsets=emulated.to_device(offsets))
     return given, value.astype(np.float64)
 
 

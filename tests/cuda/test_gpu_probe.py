@@ -3,7 +3,9 @@ found and said."""
 
 from __future__ import annotations
 
+import functools
 import importlib
+import re
 import sys
 
 import emulated
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.skipif(emulated.REAL, reason="gpu_check.py runs the cas
 
 SOME = ("stream: one", "capture: a first call, global", "words: a tile at (80, 90)", "words: bf16_transposed, B",
         "words: a cluster", "words: registers", "map of wgrad bfloat16: right", "map of wgrad fp8: left scales",
-        "map of dgrad bfloat16: left")  # fmt: skip
+        "map of dgrad bfloat16: left", "map of masked e4m3_e5m2")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SOME)
@@ -35,7 +37,49 @@ def test_a_probe(name):
 def test_a_case_has_a_name_of_its_own():
     for cases in (gpu_probe.cases(), gpu_exact.cases()):
         assert len({case.name for case in cases}) == len(cases)
-    assert {case.family for case in gpu_exact.cases()} >= {"masked fp8", "dgrad e5m2", "wgrad bfloat16"}
+    on_a_card = [f"{operation.__name__} {p.kind}: {p}" for operation, p in gpu_exact.problems(True, False)]
+    assert len(set(on_a_card)) == len(on_a_card)
+    assert {case.family for case in gpu_exact.cases()} >= {"masked fp8", "dgrad e5m2_e4m3", "wgrad bfloat16"}
+
+
+SM90 = emulated.ROOT / "csrc/cuda/sm90"
+ENTRY = re.compile(r"^PYROUTE_(KERNEL|PRODUCT|WGRAD)\((\w+)", re.MULTILINE)
+
+
+def entry_points():
+    found = [found for path in SM90.glob("*.cu") for found in ENTRY.findall(path.read_text())]
+    return {name if macro == "KERNEL" else f"{name}_product" for macro, name in found}
+
+
+def reached(calls):
+    """The entry points of Hopper's rooms that run in them."""
+    emulated.launched()
+    for call in calls:
+        call()
+    return entry_points() & set(emulated.launched())
+
+
+def test_every_kernel_is_mapped():
+    """On a card; here one product of each variant stands for its maps."""
+    zeros = {v: np.zeros((sum(v.segments), v.size), np.float32) for v in gpu_maps.variants(True) if v.size <= 256}
+
+    def product(v, rows):
+        right = rows if v.operation == "wgrad" else np.zeros((2, v.size, v.size), np.float32)
+        return gpu_maps.result(v, rows, right, {})
+
+    assert reached(functools.partial(product, *each) for each in zeros.items()) == entry_points()
+
+
+def test_every_kernel_has_exact_products():
+    """On a card; here the smallest of every kind."""
+    least = {}
+    for operation, p in gpu_exact.problems(True, False):
+        key = operation, p.kind, p.asked, sum(p.counts) <= 64 * len(p.counts)
+        size = sum(p.counts) * p.n * p.k
+        if p.kind != "float32" and size <= least.setdefault(key, (size, p))[0]:
+            least[key] = size, p
+    calls = [functools.partial(gpu_exact.checked, key[0], p, 1) for key, (_, p) in least.items()]
+    assert reached(calls) == entry_points()
 
 
 WGRAD = gpu_maps.Variant("wgrad", "bfloat16", (40, 60), 128)
