@@ -113,7 +113,8 @@ PYROUTE_DEVICE void activate_backward(const ActivateBackwardLaunch<typename Type
     const float weight = forward.row_weights ? forward.row_weights[row] : 1.0f;
     RowDot dot;
     for (int64_t begin = 0; begin < inner; begin += 256) {
-        const int64_t column = begin + 8 * lane_id(), count = inner - column;
+        const int64_t column = begin + 8 * lane_id();
+        const auto count = static_cast<int32_t>(min_of<int64_t>(inner - column, 8)); // a register less than the extent
         float hidden[8] = {}, by_gate[8] = {}, by_up[8] = {}, products[8] = {};
         if (expert >= 0 && count > 0) {
             Points p;
