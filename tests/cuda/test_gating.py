@@ -17,7 +17,7 @@ def on_gpu(x, **where):
     return None if x is None else to_device(x, **where)
 
 
-def same(config, logits, *, bias=None, **kwargs):
+def assert_cpus_bytes(config, logits, *, bias=None, **kwargs):
     expected = topk_gating(logits, config, bias=bias, backend="cpu", **kwargs)
     kwargs = {name: on_gpu(value) for name, value in kwargs.items()}
     gating = to_host(topk_gating(on_gpu(logits), config, bias=on_gpu(bias), **kwargs))
@@ -44,7 +44,7 @@ def test_every_router(rng, name, dtype):
         mask = rng.random(num_tokens) < 0.8
         replay = rng.integers(-1, config.num_experts, (num_tokens, config.top_k), np.int32)
         for kwargs in ({}, {"token_mask": mask}, {"topk_idx": replay}, {"topk_idx": replay, "token_mask": mask}):
-            same(config, logits, bias=bias, **kwargs)
+            assert_cpus_bytes(config, logits, bias=bias, **kwargs)
 
 
 @pytest.mark.parametrize("name", pyroute.presets())
@@ -52,7 +52,7 @@ def test_every_released_model(rng, name):
     config = RouterConfig.preset(name)
     logits = rng.normal(0, 2, (35, config.num_experts)).astype(ml_dtypes.bfloat16).astype(np.float32)
     for with_bias in (False, True):
-        same(config, logits, bias=bias_of(rng, config, np.float32, with_bias))
+        assert_cpus_bytes(config, logits, bias=bias_of(rng, config, np.float32, with_bias))
 
 
 SIZES = (
@@ -68,8 +68,8 @@ def test_every_number_of_experts(rng, num_experts, top_k):
         logits = hard_logits(rng, 9, num_experts, dtype)
         for score in ("softmax", "sigmoid", "sqrtsoftplus"):
             config = RouterConfig(num_experts, top_k, score, renormalize="sum")
-            same(config, logits)
-            same(config, logits, bias=bias_of(rng, config, dtype))
+            assert_cpus_bytes(config, logits)
+            assert_cpus_bytes(config, logits, bias=bias_of(rng, config, dtype))
 
 
 GROUPS = (
@@ -96,8 +96,8 @@ def test_groups(rng, num_experts, top_k, num_groups, kept, score, kernel):
             rng.integers(-2, 3, (9, num_experts)).astype(np.float32),
             rng.normal(0, 3, (5, num_experts)).astype(np.float32),
         ):
-            same(config, logits)
-            same(config, logits, bias=bias_of(rng, config, np.float32))
+            assert_cpus_bytes(config, logits)
+            assert_cpus_bytes(config, logits, bias=bias_of(rng, config, np.float32))
     assert set(launched()) == {kernel}
 
 
@@ -108,7 +108,7 @@ def test_which_kernel(rng):
         (1024, "32x32"), (1025, "any_float32"),
     ):  # fmt: skip
         launched()
-        same(RouterConfig(num_experts, 1), rng.normal(size=(3, num_experts)).astype(np.float32))
+        assert_cpus_bytes(RouterConfig(num_experts, 1), rng.normal(size=(3, num_experts)).astype(np.float32))
         assert launched() == [f"topk_gating_{kernel}"]
 
 
@@ -134,10 +134,10 @@ def test_ties_and_what_is_no_number(rng, num_experts, kind):
         grouped = RouterConfig(num_experts, top_k // 2, score, num_groups=4, topk_groups=2, group_score="top2_sum")
         bias = bias_of(rng, config, np.float32)
         for rule in (config, grouped):
-            same(rule, z)
-            same(rule, z, bias=bias)
-            same(rule, z, bias=np.where(rng.random(num_experts) < 0.1, np.nan, bias).astype(np.float32))
-            same(rule, z, bias=np.where(rng.random(num_experts) < 0.1, -np.inf, bias).astype(np.float32))
+            assert_cpus_bytes(rule, z)
+            assert_cpus_bytes(rule, z, bias=bias)
+            assert_cpus_bytes(rule, z, bias=np.where(rng.random(num_experts) < 0.1, np.nan, bias).astype(np.float32))
+            assert_cpus_bytes(rule, z, bias=np.where(rng.random(num_experts) < 0.1, -np.inf, bias).astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -173,22 +173,22 @@ def test_any_number_of_tokens(rng, num_tokens):
     """One block, one warp to a block, full blocks that come again."""
     for num_experts in (8, 64, 160):
         config = RouterConfig(num_experts, 3, "sigmoid", renormalize="sum")
-        same(config, rng.normal(size=(num_tokens, num_experts)).astype(np.float32))
+        assert_cpus_bytes(config, rng.normal(size=(num_tokens, num_experts)).astype(np.float32))
 
 
 @pytest.mark.parametrize("seed", range(1, 4), indirect=True)
 def test_any_order_of_threads(rng, seed):
     config = RouterConfig(256, 8, "sigmoid", **V3_GROUPS, renormalize="sum", scaling_factor=2.5)
     logits = rng.normal(size=(40, 256)).astype(np.float32)
-    same(config, logits, bias=bias_of(rng, config, np.float32))
-    same(RouterConfig(64, 8), logits[:, :64])
-    same(RouterConfig(24, 6, score_stage="post"), logits[:, :24])
+    assert_cpus_bytes(config, logits, bias=bias_of(rng, config, np.float32))
+    assert_cpus_bytes(RouterConfig(64, 8), logits[:, :64])
+    assert_cpus_bytes(RouterConfig(24, 6, score_stage="post"), logits[:, :24])
 
 
 def test_a_long_list(rng):
     for num_experts, top_k in ((1024, 1024), (300, 299), (64, 64), (7, 7)):
         logits = np.round(rng.normal(0, 3, (3, num_experts)), 1).astype(np.float32)
-        same(RouterConfig(num_experts, top_k, "sigmoid", renormalize="sum"), logits)
+        assert_cpus_bytes(RouterConfig(num_experts, top_k, "sigmoid", renormalize="sum"), logits)
 
 
 def random_config(rng):
@@ -222,4 +222,4 @@ def test_random_routers(start):
         if rng.random() < 0.5:
             logits = rng.normal(0, 2, logits.shape).astype(dtype)
         mask = rng.random(num_tokens) < 0.8 if rng.random() < 0.3 else None
-        same(config, logits, bias=bias_of(rng, config, dtype, rng.random() < 0.5), token_mask=mask)
+        assert_cpus_bytes(config, logits, bias=bias_of(rng, config, dtype, rng.random() < 0.5), token_mask=mask)
